@@ -1,0 +1,236 @@
+"""What the matcher knows about one attention block: pure data, no graph nodes, safe to serialise.
+
+The *core* of a site is the part that a mixer replaces. It takes queries (B, H, N, Dk), keys
+(B, Hkv, N, Dk) and values (B, Hkv, N, Dv) as the graph has them right before they meet (after
+projection, rotary embedding and QK-norm, before key/value heads are repeated) and returns
+(B, H, N, Dv). Everything around the core stays as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from rewriter.ir.mask import Mask
+
+Spelling = Literal["sdpa", "eager"]
+PositionKind = Literal["rotary", "alibi", "relative_bias", "external"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where in the person's program something was found."""
+
+    node: str
+    module: str = ""
+    file: str | None = None
+    line: int | None = None
+
+    def describe(self) -> str:
+        place = f"{self.file}:{self.line}" if self.file else "unknown source line"
+        return f"node '{self.node}' in '{self.module or 'the model itself'}' ({place})"
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Query head h reads key/value head h // (query // key_value) (contract 2)."""
+
+    query: int
+    key_value: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.query // self.key_value
+
+
+@dataclass(frozen=True)
+class ScoreStep:
+    """One operation between QK^T and the softmax, in the order the graph applies them."""
+
+    name: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"step": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Scale(ScoreStep):
+    """Multiply (or divide) by a constant; `on` says which tensor the graph scales."""
+
+    value: float
+    on: Literal["query", "key", "scores"] = "scores"
+    divide: bool = False
+    name: ClassVar[str] = "scale"
+
+    @property
+    def factor(self) -> float:
+        return 1.0 / self.value if self.divide else self.value
+
+
+@dataclass(frozen=True)
+class Softcap(ScoreStep):
+    """cap * tanh(scores / cap)."""
+
+    cap: float
+    name: ClassVar[str] = "softcap"
+
+
+@dataclass(frozen=True)
+class AddTerm(ScoreStep):
+    """scores + terms[index]: an additive mask, a bias, or both in one tensor."""
+
+    index: int
+    name: ClassVar[str] = "add"
+
+
+@dataclass(frozen=True)
+class FillTerm(ScoreStep):
+    """scores filled with `value` where terms[index] is true (`keep=False`) or false (`keep=True`)."""
+
+    index: int
+    value: float
+    keep: bool
+    name: ClassVar[str] = "fill"
+
+
+STEPS: Mapping[str, type[ScoreStep]] = {s.name: s for s in (Scale, Softcap, AddTerm, FillTerm)}
+
+TermRole = Literal["mask", "bias", "mask_and_bias", "none"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map next to the core: the module that holds it and, if fused, which rows are ours."""
+
+    module: str
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One matched attention block.
+
+    Attributes:
+        fqn: path of the smallest module that owns the core and its projections; '' is the model.
+        index: position among all sites of the model, in the order they run.
+        heads: head counts and widths.
+        score: operations on the scores, in graph order. For the `sdpa` spelling: one `Scale` on
+            the scores, then `AddTerm(0)` or `FillTerm(0)` if a mask tensor is given.
+        terms: role of each run-time mask or bias tensor that the core receives.
+        mask: which keys a query may see, over all terms and the causal flag together.
+        position: how positions enter. `external` means before the projections (learned or none).
+        rotary_dim: rotated channels of each head (0 without rotary embedding).
+        softmax_dtype: dtype the graph casts the scores to for the softmax, or None for no cast.
+        dropout: dropout probability on the attention weights when training.
+        projections: 'query', 'key', 'value', 'output' where they were identified.
+        prescaled: product of scalars applied to the query before the core (1.0 if none found).
+        causal_flag: the graph uses SDPA's is_causal instead of a mask tensor.
+        qk_norm: a normalisation stands between projection and core.
+        fingerprint: hash of the owner's part of the graph; equal for layers that compute the same
+            function of their own parameters.
+    """
+
+    fqn: str
+    index: int
+    heads: HeadGroups
+    score: tuple[ScoreStep, ...]
+    terms: tuple[TermRole, ...]
+    mask: Mask
+    spelling: Spelling
+    source: Source
+    position: PositionKind = "external"
+    rotary_dim: int = 0
+    softmax_dtype: str | None = None
+    dropout: float = 0.0
+    projections: Mapping[str, Projection] | None = None
+    prescaled: float = 1.0
+    causal_flag: bool = False
+    qk_norm: bool = False
+    fingerprint: str = ""
+
+    @property
+    def scale(self) -> float:
+        """Factor between q.k (as the core receives them) and the logits, softcap aside."""
+        out = 1.0
+        for step in self.score:
+            if isinstance(step, Scale):
+                out *= step.factor
+        return out
+
+    @property
+    def softcap(self) -> float | None:
+        return next((s.cap for s in self.score if isinstance(s, Softcap)), None)
+
+    @property
+    def has_bias(self) -> bool:
+        return any(role in ("bias", "mask_and_bias") for role in self.terms)
+
+    @property
+    def kind(self) -> Literal["causal", "bidirectional"]:
+        return "causal" if self.mask.causal else "bidirectional"
+
+    def core_facts(self) -> dict[str, Any]:
+        """Everything a core depends on; equal facts mean interchangeable cores."""
+        data = self.to_json()
+        for key in ("fqn", "index", "source", "projections", "fingerprint"):
+            data.pop(key)
+        return data
+
+    def core_hash(self) -> str:
+        text = json.dumps(self.core_facts(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["heads"] = asdict(self.heads)
+        out["score"] = [s.to_json() for s in self.score]
+        out["terms"] = list(self.terms)
+        out["mask"] = self.mask.to_json()
+        out["source"] = asdict(self.source)
+        out["projections"] = {k: asdict(v) for k, v in (self.projections or {}).items()}
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AttentionSite:
+        values = dict(data)
+        values["heads"] = HeadGroups(**data["heads"])
+        values["score"] = tuple(
+            STEPS[s["step"]](**{k: v for k, v in s.items() if k != "step"}) for s in data["score"]
+        )
+        values["terms"] = tuple(data["terms"])
+        values["mask"] = Mask.from_json(data["mask"])
+        values["source"] = Source(**data["source"])
+        values["projections"] = {k: Projection(**v) for k, v in data["projections"].items()}
+        return cls(**values)
+
+
+Stage = Literal["capture", "normalise", "match", "mask", "plan", "realise", "verify"]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that looked like attention and was refused.
+
+    Attributes:
+        stage: the pipeline stage that refused it.
+        reason: one sentence that says what stopped it.
+        source: node, module and source line.
+        facts: what had been understood until then, for `inspect --why`.
+    """
+
+    stage: Stage
+    reason: str
+    source: Source
+    facts: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        return f"{self.stage}: {self.reason}; {self.source.describe()}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "facts": list(self.facts)}

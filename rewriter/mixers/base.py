@@ -1,0 +1,161 @@
+"""The interface of a sequence mixer: what a site is rewritten to.
+
+A mixer is the `core` of a re-emitted attention module. The emitted code calls it as
+
+    out, probabilities = self.core(q, k, v, terms, cache=cache, need_weights=False)
+
+with q (B, H, n, Dk), k (B, Hkv, n, Dk), v (B, Hkv, n, Dv) for the n new tokens, `terms` the
+run-time mask and bias tensors of the site (each a tensor or None), and `cache` the transformers
+cache object or None. `Mixer.forward` turns these into the five plain arguments of `mix`, which is
+all that a mechanism implements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import sympy
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from rewriter import generation
+from rewriter.ir.site import AttentionSite
+from rewriter.ir.state import State, StateSpec
+from rewriter.mixers import terms as site_terms
+
+Tier = Literal["exact", "approximate", "distilled"]
+Terms = Sequence[torch.Tensor | None]
+
+
+class MixerOptions(BaseModel):
+    """Options of a mixer: immutable, validated, unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class MixerInfo:
+    """What `rewriter mixers` prints.
+
+    Attributes:
+        name: the name used in policies and plans.
+        family: folder of the catalogue.
+        tier: exact, approximate (no training needed) or distilled (must learn).
+        summary: one line.
+        maths: the formula, plain text.
+        source: paper or catalogue id.
+        directions: which sites it serves.
+    """
+
+    name: str
+    family: str
+    tier: Tier
+    summary: str
+    maths: str
+    source: str
+    directions: frozenset[Literal["causal", "bidirectional"]]
+
+
+class Mixer(nn.Module):
+    """Base of all mixers. New parameters of a mixer are its own, so their keys read `core.*`.
+
+    Class attributes:
+        info: description.
+        Options: validated options.
+        branches: names of the parts that can be switched off for ablation (contract 9).
+    """
+
+    info: ClassVar[MixerInfo]
+    Options: ClassVar[type[MixerOptions]]
+    branches: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
+        """Args: the site, validated options, and the layer's index in the cache (None: no cache)."""
+        super().__init__()
+        self.site = site
+        self.options = options
+        self.layer = layer
+        self.disabled: frozenset[str] = frozenset()
+
+    @classmethod
+    def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
+        """Why this mixer cannot serve the site, as one sentence, or None if it can."""
+        if site.mask.opaque is not None:
+            return f"the mask is opaque ({site.mask.opaque})"
+        if site.kind not in cls.info.directions:
+            return f"{cls.info.name} has no {site.kind} form"
+        return None
+
+    @classmethod
+    def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
+        """What it carries between tokens (causal sites)."""
+        raise NotImplementedError
+
+    @classmethod
+    def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        """Multiply-adds times two of the core for B rows of N tokens, over the state symbols."""
+        raise NotImplementedError
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        valid: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        state: State | None,
+    ) -> tuple[torch.Tensor, State | None]:
+        """Mix n new tokens after those in `state`.
+
+        Args:
+            q, k, v: (B, H, n, Dk), (B, Hkv, n, Dk), (B, Hkv, n, Dv).
+            valid: (B, n) bool, False at padding; None means all valid.
+            bias: (1|B, 1|H, 1|n, seen + n) additive bias of the logits, or None.
+            state: tensors of `state_spec`, or None when the sequence starts here and nothing
+                is kept.
+
+        Returns:
+            (B, H, n, Dv) in the dtype of v, and the new state (None if none was given).
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms = (),
+        cache: Any = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, None]:
+        """Called by the emitted module; returns (B, H, n, Dv) and no attention weights."""
+        seen = 0
+        layer = None
+        if cache is not None and self.layer is not None:
+            layer = generation.layer_of(cache, self.layer, self.state_spec(self.site, self.options))
+            seen = layer.seen
+        split = site_terms.split(self.site, terms, seen, q.shape[-2])
+        state = None
+        if layer is not None:
+            state = layer.load(self.site, q.shape[0], v.dtype, v.device)
+        out, state = self.mix(q, k, v, valid=split.valid, bias=split.bias, state=state)
+        if layer is not None and state is not None:
+            layer.store(state, q.shape[-2])
+        return out, None
+
+    @contextmanager
+    def without(self, branch: str) -> Iterator[None]:
+        """Switch one branch off inside the context (branch ablation, contract 9)."""
+        if branch not in self.branches:
+            raise ValueError(f"{self.info.name} has no branch '{branch}'")
+        before = self.disabled
+        self.disabled = before | {branch}
+        try:
+            yield
+        finally:
+            self.disabled = before
