@@ -1,0 +1,174 @@
+"""Example calls of a model: derived from its config where that is possible, else given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.errors import UsageError
+
+BATCH, LENGTH = 2, 13
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """How to call a model.
+
+    Attributes:
+        primary: the call that is captured; batch 2, length 13 where these can be chosen.
+        resized: the same call at another batch and another length.
+        variants: further calls the rewritten model must agree on (padding, no mask, batch 1 ...).
+        cached: the model takes `past_key_values` and `use_cache`.
+        padded: name of the (batch, tokens) padding mask argument, or None.
+        tokens: name of the (batch, tokens) integer input, or None.
+        vocabulary: number of token ids, or 0.
+    """
+
+    primary: Call
+    resized: Call
+    variants: Mapping[str, Call] = field(default_factory=dict)
+    cached: bool = False
+    padded: str | None = None
+    tokens: str | None = None
+    vocabulary: int = 0
+
+
+def examples_for(model: nn.Module, given: Any = None) -> Examples:
+    """Examples for `model`.
+
+    Args:
+        given: None (derive from the config), a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments. Batch is dimension 0; tokens are dimension 1 of 2-D and 3-D
+            tensors.
+
+    Raises:
+        UsageError: nothing was given and the config does not say how to call the model.
+    """
+    if given is not None:
+        return _from_given(model, given)
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    parameters = _parameters(model)
+    if config is not None and main in ("input_ids",) and getattr(config, "vocab_size", 0):
+        return _for_tokens(model, int(config.vocab_size), parameters)
+    if config is not None and main == "pixel_values" and hasattr(config, "image_size"):
+        return _for_images(config)
+    raise UsageError(
+        f"cannot derive example inputs for {type(model).__name__}: its config does not tell how it "
+        "is called; pass example_inputs=(...) or example_inputs={...}"
+    )
+
+
+def _parameters(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _for_tokens(model: nn.Module, vocabulary: int, parameters: frozenset[str]) -> Examples:
+    device = next(model.parameters()).device
+
+    def call(batch: int, length: int, pads: str | None) -> Call:
+        generator = torch.Generator().manual_seed(batch * 1000 + length)
+        ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+        kwargs: dict[str, Any] = {"input_ids": ids.to(device)}
+        if pads is not None and "attention_mask" in parameters:
+            mask = torch.ones(batch, length, dtype=torch.long)
+            for row in range(batch):
+                width = min(length - 1, 2 * row + (1 if batch == 1 else 0))
+                if pads == "left":
+                    mask[row, :width] = 0
+                elif pads == "right" and width:
+                    mask[row, -width:] = 0
+            kwargs["attention_mask"] = mask.to(device)
+        return Call((), kwargs)
+
+    has_mask = "attention_mask" in parameters
+    variants = {
+        "no mask": call(BATCH, LENGTH, None),
+        "longer than captured, batch 3": call(3, 29, "none" if has_mask else None),
+        "batch 1": call(1, 11, None),
+    }
+    if has_mask:
+        variants["left padding"] = call(3, 17, "left")
+        variants["right padding"] = call(3, 17, "right")
+    cached = "past_key_values" in parameters and "use_cache" in parameters
+    is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return Examples(
+        primary=call(BATCH, LENGTH, "none" if has_mask else None),
+        resized=call(BATCH + 1, LENGTH + 4, "none" if has_mask else None),
+        variants=variants,
+        cached=cached and is_decoder and _fills_a_cache(model),
+        padded="attention_mask" if has_mask else None,
+        tokens="input_ids",
+        vocabulary=vocabulary,
+    )
+
+
+def _fills_a_cache(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate()) if callable(can_generate) else False
+
+
+def _for_images(config: Any) -> Examples:
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    channels = int(getattr(config, "num_channels", 3))
+
+    def call(batch: int) -> Call:
+        generator = torch.Generator().manual_seed(batch)
+        images = torch.randn(batch, channels, height, width, generator=generator)
+        return Call((), {"pixel_values": images})
+
+    return Examples(primary=call(2), resized=call(3), variants={"batch 1": call(1)})
+
+
+def _from_given(model: nn.Module, given: Any) -> Examples:
+    if isinstance(given, torch.Tensor):
+        given = (given,)
+    if isinstance(given, Mapping):
+        primary = Call((), dict(given))
+    elif isinstance(given, tuple | list):
+        primary = Call(tuple(given), {})
+    else:
+        raise UsageError(
+            f"example_inputs must be a tensor, a tuple or a dict, not {type(given).__name__}"
+        )
+    resized = _resize(primary)
+    variants = {"another batch and length": resized}
+    return Examples(primary=primary, resized=resized, variants=variants)
+
+
+def _resize(call: Call) -> Call:
+    """One more batch row, and four more tokens where dimension 1 is a token dimension."""
+    tensors = [
+        t for t in (*call.args, *call.kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()
+    ]
+    lengths = {t.shape[1] for t in tensors if t.dim() in (2, 3)}
+    batches = {t.shape[0] for t in tensors}
+    length = lengths.pop() if len(lengths) == 1 else None
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        square = length is not None and tuple(value.shape) == (length, length)
+        if len(batches) == 1 and not square:
+            value = torch.cat([value, value[:1]], dim=0)
+        if length is not None and value.dim() in (2, 3) and value.shape[1] == length:
+            value = torch.cat([value, value[:, :4]], dim=1)
+            if square:
+                value = torch.cat([value, value[:4]], dim=0)
+        return value
+
+    return Call(tuple(resize(a) for a in call.args), {k: resize(v) for k, v in call.kwargs.items()})

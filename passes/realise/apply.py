@@ -1,0 +1,133 @@
+"""Apply a plan: every planned owner of the model becomes its re-emitted form, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
+
+from rewriter.errors import UsageError, VerificationError
+from rewriter.ir.site import AttentionSite
+from rewriter.mixers import registry
+from rewriter.passes.examples import Call, Examples, examples_for
+from rewriter.passes.realise.cache_probe import cache_layers
+from rewriter.passes.realise.calls import Observed, observe
+from rewriter.passes.realise.owner import EmissionCache, ReEmitted, make_owner
+from rewriter.passes.realise.sizes import SizeBook
+from rewriter.plan import Plan
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One site and the mixer that will serve it."""
+
+    site: AttentionSite
+    mixer: str
+    options: Mapping[str, Any]
+
+
+def targets_of(plan: Plan) -> list[Target]:
+    """The sites a plan rewrites (planned or done); refused ones stay as they are."""
+    return [
+        Target(AttentionSite.from_json(d.site), d.target, d.options)
+        for d in plan.decisions
+        if d.status != "refused"
+    ]
+
+
+def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
+    """Rewrite `model` in place as the plan says and return it.
+
+    New parameters are created with their initial values; load a state dict to restore trained ones.
+
+    Args:
+        model: a model with the owners that the plan names.
+        plan: decisions with matched facts; refused ones are skipped.
+        examples: how to call the model; derived from its config by default.
+
+    Raises:
+        UsageError: the plan names a module the model does not have.
+        VerificationError: an owner is not called exactly once per forward.
+    """
+    return realise(model, targets_of(plan), examples)
+
+
+def realise(model: M, targets: list[Target], examples: Examples | None = None) -> M:
+    """Re-emit the owners of `targets` in place, each with its mixer as `core`."""
+    if not targets:
+        return model
+    examples = examples if examples is not None else examples_for(model)
+    owners = [t.site.fqn for t in targets]
+    for fqn in owners:
+        _existing(model, fqn)
+    first = observe(model, owners, examples.primary)
+    second = observe(model, owners, examples.resized)
+    layers = cache_layers(model, owners, examples)
+    sizes = (call_sizes(examples.primary), call_sizes(examples.resized))
+    caches: dict[tuple[str, type[nn.Module]], EmissionCache] = {}
+    for target in targets:
+        fqn = target.site.fqn
+        observed = _once(fqn, first[fqn])
+        owner = model.get_submodule(fqn)
+        key = (target.site.fingerprint or fqn, type(owner))
+        if key not in caches:
+            book = SizeBook()
+            book.learn(observed.named, _once(fqn, second[fqn]).named, sizes)
+            caches[key] = EmissionCache(type(owner), book, _cache_outputs(observed.output))
+        core = build_core(target, layers.get(fqn), owner)
+        make_owner(owner, target.site, core, caches[key])
+    return model
+
+
+def build_core(target: Target, layer: int | None, owner: nn.Module) -> nn.Module:
+    """A fresh mixer for a site, on the device and in the dtype of the owner's parameters."""
+    mixer = registry.get(target.mixer)
+    core = mixer(target.site, mixer.Options(**target.options), layer)
+    like = next((p for p in owner.parameters() if p.is_floating_point()), None)
+    if like is not None:
+        core = core.to(device=like.device, dtype=like.dtype)
+    return core.train(owner.training)
+
+
+def call_sizes(call: Call) -> tuple[int, int]:
+    """(batch, tokens) of a model call, read off its first tensor."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return int(value.shape[0]), int(value.shape[1])
+    raise UsageError("the example inputs hold no tensor with a batch and a token dimension")
+
+
+def _existing(model: nn.Module, fqn: str) -> None:
+    try:
+        module = model.get_submodule(fqn)
+    except AttributeError:
+        raise UsageError(
+            f"the plan names the module '{fqn}', which this model does not have; "
+            "make a new plan for it with `rewriter plan`"
+        ) from None
+    if isinstance(module, ReEmitted):
+        raise UsageError(
+            f"'{fqn or 'the model'}' is rewritten already; rewrite the original model instead"
+        )
+
+
+def _once(fqn: str, calls: list[Observed]) -> Observed:
+    if len(calls) != 1:
+        raise VerificationError(
+            f"'{fqn or 'the model'}' runs {len(calls)} times in one forward pass; only modules "
+            "that run exactly once can be rewritten"
+        )
+    return calls[0]
+
+
+def _cache_outputs(output: Any) -> tuple[int, ...]:
+    """Positions of cache objects among the flat outputs; the emitted code hands them on."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, Cache))
+    return tuple(n for n, leaf in enumerate(leaves) if isinstance(leaf, Cache))

@@ -1,0 +1,173 @@
+"""Calls of an owner module: their leaves, their pattern, and what probe runs saw of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from rewriter.passes.examples import Call
+
+Path = tuple[str | int, ...]
+TENSOR, CACHE, CONSTANT = "tensor", "cache", "constant"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a call: where it is, what kind it is, and what must stay equal for a reuse.
+
+    `key` is '' for a tensor of its own, the first position for a repeated tensor object, and the
+    value for a constant.
+    """
+
+    path: Path
+    kind: str
+    key: Any
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Everything about a call that its traced graph depends on, besides tensor sizes and values."""
+
+    leaves: tuple[Leaf, ...]
+    training: bool
+    weights: bool
+
+    def describe(self) -> str:
+        parts = [
+            f"{_text(leaf.path)}={leaf.key if leaf.kind == CONSTANT else leaf.kind}"
+            for leaf in self.leaves
+        ]
+        return ", ".join(parts) + (", training" if self.training else "")
+
+
+def _text(path: Path) -> str:
+    return ".".join(str(p) for p in path)
+
+
+class Signature:
+    """Reads calls of one forward signature into named leaves."""
+
+    def __init__(self, forward: Any):
+        self.signature = inspect.signature(forward)
+        kinds = [p.kind for p in self.signature.parameters.values()]
+        self.variadic = inspect.Parameter.VAR_POSITIONAL in kinds
+        self.rest = next(
+            (
+                n
+                for n, p in self.signature.parameters.items()
+                if p.kind is inspect.Parameter.VAR_KEYWORD
+            ),
+            None,
+        )
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name, defaults filled in, variable keywords merged."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        named = dict(bound.arguments)
+        if self.rest is not None:
+            named.update(named.pop(self.rest))
+        return named
+
+
+def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Leaves of nested tuples, lists and dicts, with their paths; None is a leaf."""
+    if isinstance(value, dict):
+        for key in value:
+            yield from walk(value[key], (*path, key))
+    elif isinstance(value, tuple | list):
+        for position, item in enumerate(value):
+            yield from walk(item, (*path, position))
+    else:
+        yield path, value
+
+
+def read(
+    named: Mapping[str, Any], training: bool, weights: bool
+) -> tuple[Pattern, dict[Path, torch.Tensor], Any]:
+    """The pattern of a call, its distinct tensors by path, and its cache object (or None)."""
+    leaves: list[Leaf] = []
+    tensors: dict[Path, torch.Tensor] = {}
+    first: dict[int, int] = {}
+    cache: Any = None
+    for path, value in walk(dict(named)):
+        if isinstance(value, torch.Tensor):
+            at = first.setdefault(id(value), len(leaves))
+            repeated = at != len(leaves)
+            leaves.append(Leaf(path, TENSOR, at if repeated else ""))
+            if not repeated:
+                tensors[path] = value
+        elif isinstance(value, Cache):
+            cache = value
+            leaves.append(Leaf(path, CACHE, ""))
+        else:
+            leaves.append(Leaf(path, CONSTANT, _constant(value)))
+    return Pattern(tuple(leaves), training, weights), tensors, cache
+
+
+def _constant(value: Any) -> Any:
+    simple = (str, int, float, bool, type(None), torch.dtype, torch.device)
+    return value if isinstance(value, simple) else f"<{type(value).__name__} {id(value)}>"
+
+
+def map_leaves(named: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    """Copy of the named arguments with `change(path, value)` at every leaf."""
+
+    def visit(value: Any, path: Path) -> Any:
+        if isinstance(value, dict):
+            return {k: visit(v, (*path, k)) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            items = [visit(v, (*path, n)) for n, v in enumerate(value)]
+            return tuple(items) if isinstance(value, tuple) else items
+        return change(path, value)
+
+    return {name: visit(value, (name,)) for name, value in named.items()}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One observed call of an owner: its named arguments and its live output."""
+
+    named: Mapping[str, Any]
+    output: Any
+
+
+def observe(model: nn.Module, owners: Sequence[str], call: Call) -> dict[str, list[Observed]]:
+    """Run the model and note every call of the owner modules, by path."""
+    seen: dict[str, list[Observed]] = {fqn: [] for fqn in owners}
+
+    def hook_for(fqn: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            named = Signature(module.forward).bind(args, kwargs)
+            seen[fqn].append(Observed(named, output))
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for fqn in owners:
+            module = model.get_submodule(fqn)
+            stack.enter_context(
+                removing(module.register_forward_hook(hook_for(fqn), with_kwargs=True))
+            )
+        model(*call.args, **call.kwargs)
+    return seen
+
+
+class removing:  # noqa: N801 - a context manager in the style of contextlib.closing
+    """Removes a hook at the end of a with block."""
+
+    def __init__(self, handle: Any):
+        self.handle = handle
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()

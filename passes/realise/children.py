@@ -1,0 +1,69 @@
+"""Which nodes of an owner's graph are one call of a leaf child, so that it can be called again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from rewriter.passes.capture import Captured, module_path
+from rewriter.passes.match.result import CoreNodes
+
+
+@dataclass(frozen=True)
+class ChildCall:
+    """One call `self.module(input)` of a child with one tensor input and one output."""
+
+    module: str
+    input: Node
+    output: Node
+
+
+def child_calls(captured: Captured, core: CoreNodes) -> dict[Node, ChildCall]:
+    """Map every node that belongs to a re-raisable child call to that call.
+
+    A child is called again as a module when all its nodes lie outside the core, read exactly one
+    tensor from outside (parameters and sizes aside) and give exactly one tensor to the outside.
+    Of nested candidates the outermost wins. Children called more than once are left inline.
+    """
+    groups: dict[str, list[Node]] = defaultdict(list)
+    for node in captured.graph_module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        parts = module_path(node).split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path:
+                groups[path].append(node)
+    calls: dict[Node, ChildCall] = {}
+    for path in sorted(groups, key=lambda p: p.count(".")):
+        nodes = groups[path]
+        if any(node in calls or node in core.region for node in nodes):
+            continue
+        call = _single(path, nodes, captured)
+        if call is not None:
+            for node in nodes:
+                calls[node] = call
+    return calls
+
+
+def _single(path: str, nodes: list[Node], captured: Captured) -> ChildCall | None:
+    members = set(nodes)
+    known = {*captured.parameters, *captured.constants}
+    inputs: list[Node] = []
+    outputs: list[Node] = []
+    for node in nodes:
+        for source in node.all_input_nodes:
+            outside = source not in members and source.name not in known
+            if outside and isinstance(source.meta.get("val"), torch.Tensor):
+                if source not in inputs:
+                    inputs.append(source)
+        if any(user not in members for user in node.users):
+            outputs.append(node)
+    if len(inputs) != 1 or len(outputs) != 1:
+        return None
+    if not isinstance(outputs[0].meta.get("val"), torch.Tensor):
+        return None
+    return ChildCall(path, inputs[0], outputs[0])

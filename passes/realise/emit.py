@@ -1,0 +1,269 @@
+"""Emission: an owner's captured graph becomes Python again, with the core as `self.core(...)`.
+
+Everything around the core is kept node for node. Leaf children are called as modules again, so
+that a child replaced later (a LoRA layer, a quantised linear) is honoured; parameters are read
+from the module; sizes are read from the data input of the call, since export may have taken them
+from a mask that is absent later; `view` after the core is `reshape`, since another core may return
+another memory layout.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Graph, Node
+
+from rewriter.passes.capture import Captured
+from rewriter.passes.match.result import Match
+from rewriter.passes.realise.children import ChildCall, child_calls
+from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
+
+RULE = "attention_core"
+
+
+class EmissionError(Exception):
+    """The owner cannot be re-emitted; caught inside the pass and turned into a refusal."""
+
+
+@dataclass(frozen=True)
+class Emission:
+    """Generated code of an owner for one call pattern.
+
+    Attributes:
+        function: function(self, *tensors, cache, *constants) that returns the flat outputs.
+        source: its Python source, for people.
+        tensors: placeholder names in argument order.
+        constants: tensors that the capture lifted out of the code.
+        parameters: fully qualified names (relative to the owner) that the code reads.
+        dropped: outputs that became None, with the reason (contract 1).
+    """
+
+    function: Callable[..., Any]
+    source: str
+    tensors: tuple[str, ...]
+    constants: tuple[torch.Tensor, ...]
+    parameters: frozenset[str]
+    dropped: tuple[str, ...]
+
+
+def emit(captured: Captured, match: Match, weights: bool) -> Emission:
+    """Generate the code of one owner with its core replaced.
+
+    Args:
+        captured: the owner alone.
+        match: the one core found in it.
+        weights: the new core returns attention weights too (only the exact core does).
+
+    Raises:
+        EmissionError: the graph around the core needs something the new core does not give.
+    """
+    return _Emitter(captured, match, weights).build()
+
+
+class _Emitter:
+    def __init__(self, captured: Captured, match: Match, weights: bool):
+        self.captured = captured
+        self.match = match
+        self.weights = weights
+        self.graph = Graph()
+        self.new: dict[Node, Any] = {}
+        self.attributes: dict[str, Node] = {}
+        self.sizes: dict[Any, Node] = {}
+        self.dropped: list[str] = []
+        self.without_weights: set[Node] = set()
+
+    def build(self) -> Emission:
+        nodes = list(self.captured.graph_module.graph.nodes)
+        tensors = [n for n in nodes if n.op == "placeholder" and n.name in self.captured.inputs]
+        for node in tensors:
+            self.new[node] = self.graph.placeholder(node.name)
+        cache = self.graph.placeholder("cache")
+        lifted = [n for n in nodes if n.op == "placeholder" and n.name in self.captured.constants]
+        for node in lifted:
+            self.new[node] = self.graph.placeholder(node.name)
+        self._root_sizes(tensors)
+        children = child_calls(self.captured, self.match.nodes)
+        if not self.weights and self.match.nodes.weights is not None:
+            self.without_weights = _downstream(self.match.nodes.weights.node, self.match.nodes)
+        for node in nodes:
+            self._emit(node, children, cache)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        names = tuple(n.name for n in tensors)
+        code = self.graph.python_code("self")
+        scope: dict[str, Any] = {**code.globals}
+        exec(compile(code.src, f"<re-emitted {self.match.site.fqn or 'model'}>", "exec"), scope)
+        used = frozenset(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
+        for n in self.graph.nodes:
+            if n.op == "call_module":
+                used |= {
+                    name
+                    for name in self.captured.parameters.values()
+                    if name.startswith(f"{n.target}.")
+                }
+        constants = tuple(self.captured.constants[n.name] for n in lifted)
+        return Emission(scope["forward"], code.src, names, constants, used, tuple(self.dropped))
+
+    def _root_sizes(self, tensors: Sequence[Node]) -> None:
+        """Map each symbolic size to `x.size(d)` of a data input on the query's path."""
+        query = self.match.nodes.query.node
+        upstream = _ancestors(query)
+        ordered = sorted(tensors, key=lambda n: (n not in upstream, -_rank(n)))
+        for node in ordered:
+            if node not in upstream:
+                continue
+            for dim, size in enumerate(_value(node).shape):
+                expr = _symbol(size)
+                if expr is not None and expr not in self.sizes:
+                    self.sizes[expr] = self.graph.call_method("size", (self.new[node], dim))
+
+    def _emit(self, node: Node, children: Mapping[Node, ChildCall], cache: Node) -> None:
+        core = self.match.nodes
+        if node.op == "placeholder":
+            return
+        if node.op == "output":
+            self.graph.output(tuple(self._output(a) for a in node.args[0]))
+            return
+        if node is core.output.node:
+            self._emit_core(cache)
+            return
+        if node in core.region or node in self.without_weights or _is_check(node):
+            return
+        child = children.get(node)
+        if child is not None:
+            if node is child.output:
+                self.new[node] = self.graph.call_module(child.module, (self._arg(child.input),), {})
+            return
+        symbol = _symbol(node.meta.get("val"))
+        if symbol is not None and symbol in self.sizes:
+            self.new[node] = self.sizes[symbol]
+            return
+        copied = self.graph.node_copy(node, self._arg)
+        copied.meta = {}
+        if node.target is torch.ops.aten.view.default:
+            copied.target = torch.ops.aten.reshape.default
+        elif node.target is torch.ops.aten.sym_size.int:
+            copied.op, copied.target = "call_method", "size"
+        self.new[node] = copied
+
+    def _emit_core(self, cache: Node) -> None:
+        core, site = self.match.nodes, self.match.site
+        tokens = self._tokens()
+        operands = []
+        for operand, order, channels in (
+            (core.query, CANONICAL, site.heads.key_dim),
+            (core.key, CANONICAL_KV, site.heads.key_dim),
+            (core.value, CANONICAL_KV, site.heads.value_dim),
+        ):
+            source = self._arg(operand.node)
+            operands.append(
+                to_canonical(
+                    self.graph, source, operand.layout, order, site.heads, channels, tokens
+                )
+            )
+        terms = []
+        for term in core.terms:
+            value = self._arg(term.node)
+            folded = any(len(dim) > 1 for dim in term.layout.dims)
+            if folded:
+                value = self.graph.call_method("unflatten", (value, 0, (-1, site.heads.query)))
+            terms.append(value)
+        call = self.graph.call_module(
+            "core",
+            (*operands, tuple(terms)),
+            {"cache": cache, "need_weights": core.weights is not None and self.weights},
+        )
+        call.meta["rule"] = RULE
+        out = self.graph.call_function(operator.getitem, (call, 0))
+        self.new[core.output.node] = from_canonical(self.graph, out, core.output.layout, site.heads)
+        if core.weights is not None and self.weights:
+            weights = self.graph.call_function(operator.getitem, (call, 1))
+            if any(len(dim) > 1 for dim in core.weights.layout.dims):
+                weights = self.graph.call_method("flatten", (weights, 0, 1))
+            self.new[core.weights.node] = weights
+
+    def _tokens(self) -> Any:
+        query = self.match.nodes.query
+        for dim, axes in enumerate(query.layout.dims):
+            if axes == ("token",):
+                size = _value(query.node).shape[dim]
+                symbol = _symbol(size)
+                return self.sizes.get(symbol, size) if symbol is not None else size
+        return -1
+
+    def _output(self, arg: Any) -> Any:
+        if isinstance(arg, Node) and arg in self.without_weights:
+            self.dropped.append(
+                f"output '{arg.name}' (attention weights): the new core does not form them"
+            )
+            return None
+        return self._arg(arg)
+
+    def _arg(self, arg: Any) -> Any:
+        if not isinstance(arg, Node):
+            return fx.map_arg(arg, self._arg)
+        if arg in self.new:
+            return self.new[arg]
+        if arg.op == "placeholder" and arg.name in self.captured.parameters:
+            name = self.captured.parameters[arg.name]
+            if name not in self.attributes:
+                # torch.fx checks attributes against an owning module, which does not exist here.
+                self.attributes[name] = self.graph.create_node("get_attr", name)
+            self.new[arg] = self.attributes[name]
+            return self.new[arg]
+        if arg in self.without_weights:
+            raise EmissionError(
+                f"the graph computes on the attention weights after the core (node '{arg.name}')"
+            )
+        raise EmissionError(f"node '{arg.name}' is used outside the core but belongs to it")
+
+
+def _is_check(node: Node) -> bool:
+    name = str(node.target)
+    return node.op == "call_module" or "_assert" in name or "sym_constrain" in name
+
+
+def _ancestors(node: Node) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen
+
+
+def _downstream(node: Node, core: Any) -> set[Node]:
+    """Nodes outside the core that depend on the attention weights."""
+    seen = {node}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen and user not in core.region and user.op != "output":
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def _value(node: Node) -> torch.Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _rank(node: Node) -> int:
+    return _value(node).dim()
+
+
+def _symbol(value: Any) -> Any:
+    """The sympy symbol of a symbolic size, or None for anything else."""
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        return expr if expr.is_Symbol else None
+    return None

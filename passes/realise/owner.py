@@ -1,0 +1,201 @@
+"""The re-emitted owner: an instance of a dynamic subclass of the owner's own class.
+
+It shares `__dict__`, children and parameters with what it was; only `forward` is new. A call is
+read into a pattern (which inputs are absent, which constants were passed, training or not); each
+pattern has its own emission, traced when first needed and shared by all identical layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
+
+from rewriter.errors import VerificationError
+from rewriter.ir.site import AttentionSite, NearMiss
+from rewriter.passes.capture import capture
+from rewriter.passes.match import match
+from rewriter.passes.realise.calls import Path, Pattern, Signature, map_leaves, read
+from rewriter.passes.realise.emit import Emission, EmissionError, emit
+from rewriter.passes.realise.sizes import SizeBook
+
+STATE = "_re_emission"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An emission with the structure of its output and which tensors of the call it takes."""
+
+    emission: Emission
+    paths: tuple[Path, ...]
+    structure: Any
+    cache_outputs: tuple[int, ...]
+
+
+class EmissionCache:
+    """Emissions of a group of identical layers, by call pattern.
+
+    Copies share it: it holds generated code and templates, never parameters.
+    """
+
+    def __init__(self, base: type[nn.Module], book: SizeBook, cache_outputs: tuple[int, ...] = ()):
+        self.base = base
+        self.book = book
+        self.cache_outputs = cache_outputs
+        self.traced: dict[Pattern, Traced] = {}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> EmissionCache:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Generated functions do not pickle; they are traced again on first use.
+        return EmissionCache, (self.base, self.book, self.cache_outputs)
+
+
+@dataclass
+class OwnerState:
+    """What a re-emitted module knows about itself."""
+
+    site: AttentionSite
+    signature: Signature
+    cache: EmissionCache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _owner_state, (self.site.to_json(), self.cache)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> OwnerState:
+        return self
+
+
+def _owner_state(site: Mapping[str, Any], cache: EmissionCache) -> OwnerState:
+    return OwnerState(AttentionSite.from_json(site), Signature(cache.base.forward), cache)
+
+
+class ReEmitted(nn.Module):
+    """Mixin of all re-emitted owners."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: OwnerState = self.__dict__[STATE]
+        named = state.signature.bind(args, kwargs)
+        provides = bool(getattr(self.core, "provides_weights", False))
+        pattern, tensors, cache = read(named, self.training, provides)
+        traced = state.cache.traced.get(pattern)
+        if traced is None:
+            traced = trace(self, state, named, pattern, tensors)
+            state.cache.traced[pattern] = traced
+        flat = traced.emission.function(
+            self, *(tensors[p] for p in traced.paths), cache, *traced.emission.constants
+        )
+        if traced.cache_outputs:
+            flat = tuple(cache if n in traced.cache_outputs else x for n, x in enumerate(flat))
+        return pytree.tree_unflatten(flat, traced.structure)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: OwnerState = self.__dict__[STATE]
+        return _rebuild, (state.cache.base,), self.__dict__
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = subclass_of(base)
+    return cls.__new__(cls)
+
+
+def subclass_of(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `base` that runs emissions; name and module are those of `base`."""
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (ReEmitted, base), names)
+
+
+def original_view(owner: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """The owner as an instance of its original class, without the core, sharing everything."""
+    view = base.__new__(base)
+    view.__dict__.update(owner.__dict__)
+    view.__dict__["_modules"] = {k: v for k, v in owner._modules.items() if k != "core"}
+    view.__dict__.pop(STATE, None)
+    return view
+
+
+def trace(
+    owner: nn.Module,
+    state: OwnerState,
+    named: Mapping[str, Any],
+    pattern: Pattern,
+    tensors: Mapping[Path, torch.Tensor],
+) -> Traced:
+    """Trace the original class on a call of this pattern and emit its code.
+
+    Raises:
+        VerificationError: the trace is not the site that was matched in the whole model.
+    """
+    site = state.site
+    where = f"'{site.fqn or 'the model'}' called with {pattern.describe()}"
+    original = original_view(owner, state.cache.base)
+    template = state.cache.book.generic(named, tensors)
+    call = map_leaves(template, _without_cache)
+    with torch.no_grad():
+        live = original(**call)
+    captured = capture(original, (), call)
+    if isinstance(captured, NearMiss):
+        raise VerificationError(f"cannot trace {where}: {captured.reason}")
+    found = match(captured)
+    if len(found.matches) != 1:
+        reasons = "; ".join(m.describe() for m in found.misses) or "no attention in the graph"
+        raise VerificationError(
+            f"tracing {where} gave {len(found.matches)} attention blocks instead of one ({reasons})"
+        )
+    difference = disagreement(site, found.matches[0].site)
+    if difference is not None:
+        raise VerificationError(f"tracing {where} gave another attention: {difference}")
+    try:
+        emission = emit(captured, found.matches[0], pattern.weights)
+    except EmissionError as error:
+        raise VerificationError(f"cannot re-emit {where}: {error}") from None
+    leaves, structure = pytree.tree_flatten(live)
+    by_text = {".".join(map(str, path)): path for path in tensors}
+    paths = tuple(by_text[input_path(captured.inputs[name])] for name in emission.tensors)
+    return Traced(emission, paths, structure, state.cache.cache_outputs)
+
+
+def input_path(path: str) -> str:
+    """The capture's name of an input leaf as the dotted path of a bound argument."""
+    return path.removeprefix("kwargs.")
+
+
+def _without_cache(path: Path, value: Any) -> Any:
+    return None if isinstance(value, Cache) else value
+
+
+def disagreement(site: AttentionSite, traced: AttentionSite) -> str | None:
+    """What differs between the matched site and the owner's own trace, or None.
+
+    The meaning of a mask that comes from outside is only known to the whole-model match, and a
+    mask may be absent in this pattern, so masks and terms are not compared.
+    """
+    ours, theirs = site.core_facts(), traced.core_facts()
+    for name in ("heads", "softmax_dtype", "rotary_dim", "qk_norm", "spelling"):
+        if ours[name] != theirs[name]:
+            return f"{name} is {theirs[name]}, matched as {ours[name]}"
+    if abs(site.scale - traced.scale) > 1e-9 * abs(site.scale):
+        return f"the scale is {traced.scale}, matched as {site.scale}"
+    if site.softcap != traced.softcap:
+        return f"the softcap is {traced.softcap}, matched as {site.softcap}"
+    return None
+
+
+def make_owner(
+    owner: nn.Module, site: AttentionSite, core: nn.Module, cache: EmissionCache
+) -> None:
+    """Turn `owner` in place into its re-emitted form with `core` as a child."""
+    base = type(owner)
+    owner.__dict__[STATE] = OwnerState(site, Signature(base.forward), cache)
+    owner.__class__ = subclass_of(base)
+    owner.core = core
