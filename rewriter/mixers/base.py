@@ -100,6 +100,15 @@ class Mixer(nn.Module):
         """Multiply-adds times two of the core for B rows of N tokens, over the state symbols."""
         raise NotImplementedError
 
+    @classmethod
+    def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
+        """Options under which the mixer is full softmax attention up to `tokens` tokens, or None."""
+        return None
+
+    def test_length(self) -> int:
+        """A length at which every part of the mechanism is at work (for the run-time contracts)."""
+        return 48
+
     def mix(
         self,
         q: torch.Tensor,
