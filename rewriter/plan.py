@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
+
+from rewriter import targets
+from rewriter.atomic import write_file
+from rewriter.documents import Document, explain, parse, read_text
+from rewriter.errors import UsageError
+from rewriter.ir.site import AttentionSite
 
 PLAN_VERSION = 1
 Status = Literal["planned", "refused", "done"]
+_NON_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 class _Strict(BaseModel):
@@ -38,6 +57,16 @@ class Decision(_Strict):
     rule: str | None = None
     site: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("site", mode="before")
+    @classmethod
+    def _restore_non_finite(cls, value: Any) -> Any:
+        return _map_leaves(value, lambda leaf: _NON_FINITE.get(leaf, leaf))
+
+    @field_serializer("site", when_used="json")
+    def _spell_non_finite(self, value: dict[str, Any]) -> Any:
+        # a mask fill is often -inf, which strict JSON has no number for
+        return _map_leaves(value, _spelled)
+
 
 class Plan(_Strict):
     """All decisions of a rewrite, with the misses that were reported.
@@ -55,3 +84,155 @@ class Plan(_Strict):
     tool: str = ""
     decisions: list[Decision] = Field(default_factory=list)
     misses: list[str] = Field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that strict JSON can hold; `from_json` restores an equal plan."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, data: str | Mapping[str, Any], source: str = "plan") -> Plan:
+        """Read a plan from JSON text or from the values of `to_json`.
+
+        Args:
+            source: name of the file for messages.
+
+        Raises:
+            UsageError: not a plan, written by a newer version, an unknown mixer or an option it
+                does not have; the message points at the place.
+        """
+        if isinstance(data, str):
+            document = Document(source, _load_json(data, source))
+        else:
+            document = Document(source, dict(data))
+        try:
+            return cls._validated(document)
+        except UsageError:
+            if not isinstance(data, str):
+                raise
+            # JSON is YAML, whose node tree knows lines; slow, so only for the error message
+            return cls._validated(parse(data, source))
+
+    @classmethod
+    def _validated(cls, document: Document) -> Plan:
+        data = document.data
+        if not isinstance(data, Mapping):
+            raise UsageError(f"{document.where(())}: a plan is a JSON object with 'decisions'")
+        version = data.get("version", PLAN_VERSION)
+        if isinstance(version, int) and version > PLAN_VERSION:
+            raise UsageError(
+                f"{document.where(('version',))}: this plan has format {version}, written by a "
+                f"newer version (this one reads up to {PLAN_VERSION}); upgrade attention-rewriter"
+            )
+        try:
+            plan = cls.model_validate(data)
+        except ValidationError as error:
+            raise explain(error, document, cls) from None
+        for number, decision in enumerate(plan.decisions):
+            problem = targets.resolve(decision.target, decision.options)
+            if isinstance(problem, targets.TargetProblem):
+                path = ("target",) if problem.location == ("use",) else problem.location
+                place = document.where(("decisions", number, *path), key=problem.at_key)
+                raise UsageError(f"{place}: {problem.message}")
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        text = json.dumps(self.to_json(), indent=2, allow_nan=False)
+        write_file(Path(path), (text + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file; raises UsageError as `from_json` does."""
+        return cls.from_json(read_text(Path(path), "plan"), str(path))
+
+    def check_against(self, sites: Sequence[AttentionSite]) -> None:
+        """Make sure that the plan speaks about exactly these sites.
+
+        Decisions without facts (written by hand) are checked by module path and position only.
+
+        Raises:
+            UsageError: the first site that is missing, extra or differs, and how.
+        """
+        decisions = {decision.index: decision for decision in self.decisions}
+        if len(decisions) != len(self.decisions):
+            raise UsageError("the plan decides one site twice; keep one decision for each index")
+        for site in sites:
+            decision = decisions.get(site.index)
+            if decision is None:
+                raise UsageError(
+                    f"the plan has no decision for site {site.index} ('{site.fqn}'); add one with "
+                    "the target 'keep' to leave it as it is"
+                )
+            _check_site(decision, site)
+        known = {site.index for site in sites}
+        for decision in self.decisions:
+            if decision.index not in known:
+                raise UsageError(
+                    f"the plan decides site {decision.index} ('{decision.fqn}'), but the model has "
+                    f"{len(sites)} attention sites; was it made for another architecture?"
+                )
+
+
+def tool_version() -> str:
+    """Version of this package, for documents it writes."""
+    try:
+        return metadata.version("attention-rewriter")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _check_site(decision: Decision, site: AttentionSite) -> None:
+    place = f"site {site.index} of the model"
+    if decision.fqn != site.fqn:
+        raise UsageError(
+            f"{place} is '{site.fqn}', but the plan expects '{decision.fqn}' there; was it made "
+            "for another architecture?"
+        )
+    if not decision.site:
+        return
+    try:
+        planned = AttentionSite.from_json(decision.site).core_facts()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"the facts of site {site.index} in the plan cannot be read ({error!r}); remove its "
+            "'site' entry to replay without this check"
+        ) from None
+    found = site.core_facts()
+    for name in sorted(planned.keys() | found.keys()):
+        before, now = (_canonical(facts.get(name)) for facts in (planned, found))
+        if before != now:
+            raise UsageError(
+                f"{place} ('{site.fqn}') differs from the plan in '{name}': planned {before}, "
+                f"found {now}; make a new plan for this model"
+            )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(_map_leaves(value, _spelled), sort_keys=True)
+
+
+def _load_json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{source}:{error.lineno}:{error.colno}: not valid JSON ({error.msg.lower()})"
+        ) from None
+
+
+def _spelled(leaf: Any) -> Any:
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+        return "NaN" if math.isnan(leaf) else "Infinity" if leaf > 0 else "-Infinity"
+    return leaf
+
+
+def _map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _map_leaves(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_leaves(item, change) for item in value]
+    return change(value)
