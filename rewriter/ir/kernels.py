@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rewriter.ir.state import BATCH, KEY_DIM, KV_HEADS, VALUE_DIM, StateSpec, StateTensor
+
 
 @dataclass(frozen=True)
 class WindowAttention:
@@ -17,8 +19,9 @@ class WindowAttention:
 
     Causal: query i sees valid keys j <= i with i - j < window, or among the first `sinks` valid
     keys of its row. Bidirectional: |i - j| < window, or among the first `sinks` valid keys.
-    `limit`, when given, is an outer window that also hides sinks (i - j < limit): the window the
-    original model already had.
+    `limit`, when given, is an outer window that also hides sinks (i - j < limit, or
+    |i - j| < limit): the window the original model already had. `hidden` switches parts off for
+    branch ablation, 'window' or 'sinks'; the state keeps its shape.
     """
 
     window: int
@@ -27,6 +30,7 @@ class WindowAttention:
     scale: float
     softcap: float | None = None
     limit: int | None = None
+    hidden: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,12 @@ class LinearAttention:
     """sum_j f(q_i).f(k_j) v_j / sum_j f(q_i).f(k_j) over features that are already mapped.
 
     Causal (j <= i, recurrent state) or over all valid keys. State and normaliser are float32.
+    `features` is the width of the mapped queries and keys.
     Catalogue: LIN-S without decay, GLOBAL, ones-column normaliser.
     """
 
     causal: bool
+    features: int
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,44 @@ class JointWindowLinear:
     With m_i the largest near logit, S/z the state of keys j <= i - window that are not sinks:
     o_i = (sum_near exp(s_ij - m_i) v_j + r_h f(q_i) S) / (sum_near exp(s_ij - m_i) + r_h f(q_i) z),
     r_h > 0 a ratio per head (catalogue: lolcats_hybrid, JOINT unscaled, with sinks added).
+    `features` is the width of f; `hidden` switches parts off for branch ablation, 'window' (with
+    its sinks) or 'linear'; the state keeps its shape.
     """
 
     window: int
     sinks: int
     scale: float
+    features: int
     softcap: float | None = None
+    hidden: frozenset[str] = frozenset()
 
 
 KernelSpec = WindowAttention | LinearAttention | JointWindowLinear
+
+
+def state_of(spec: KernelSpec) -> StateSpec:
+    """The state that every backend reads and writes for a causal spec.
+
+    Near keys: `sink_k/v` with their absolute positions `sink_at` (-1 is an empty slot), the last
+    window - 1 keys `ring_k/v` in order of age with `ring_valid`, and the number of tokens `seen`.
+    Far keys: `far`, float32 sums of f(k) [v, 1]^T; its last column is the normaliser.
+    """
+    if isinstance(spec, LinearAttention):
+        return StateSpec((_far(spec.features),))
+    slots, ring = spec.sinks, spec.window - 1
+    near = (
+        StateTensor("sink_k", (BATCH, KV_HEADS, slots, KEY_DIM)),
+        StateTensor("sink_v", (BATCH, KV_HEADS, slots, VALUE_DIM)),
+        StateTensor("sink_at", (BATCH, slots), "int64", -1),
+        StateTensor("ring_k", (BATCH, KV_HEADS, ring, KEY_DIM)),
+        StateTensor("ring_v", (BATCH, KV_HEADS, ring, VALUE_DIM)),
+        StateTensor("ring_valid", (BATCH, ring), "bool"),
+        StateTensor("seen", (BATCH,), "int64"),
+    )
+    if isinstance(spec, WindowAttention):
+        return StateSpec(near)
+    return StateSpec((*near, _far(spec.features)))
+
+
+def _far(features: int) -> StateTensor:
+    return StateTensor("far", (BATCH, KV_HEADS, features, VALUE_DIM + 1), "float32")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import sympy
@@ -139,7 +140,7 @@ class Mask:
         """
         if self.opaque is not None:
             raise ValueError(f"the mask was not understood: {self.opaque}")
-        return And(*(a.predicate() for a in self.atoms))
+        return _conjunction(self.atoms)
 
     def without_padding(self) -> Mask:
         return Mask(tuple(a for a in self.atoms if not isinstance(a, KeyPadding)), self.opaque)
@@ -186,6 +187,12 @@ class Mask:
             values = {k: v for k, v in item.items() if k != "atom"}
             atoms.append(ATOMS[item["atom"]](**values))
         return cls(tuple(atoms), data.get("opaque"))
+
+
+@lru_cache(maxsize=256)
+def _conjunction(atoms: tuple[Atom, ...]) -> Boolean:
+    """Memoised: building a sympy expression takes a millisecond, evaluating it microseconds."""
+    return And(*(a.predicate() for a in atoms))
 
 
 _RELATIONS: Mapping[type[Any], Callable[[Any, Any], torch.Tensor]] = {

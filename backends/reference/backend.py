@@ -1,0 +1,33 @@
+"""The reference backend: every spec, any device and dtype, differentiable, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rewriter.backends.reference.joint import joint_window_linear
+from rewriter.backends.reference.linear import linear_attention
+from rewriter.backends.reference.window import window_attention
+from rewriter.ir.kernels import LinearAttention, WindowAttention
+
+if TYPE_CHECKING:
+    from rewriter.backends.registry import Query
+
+
+class ReferenceBackend:
+    """Total: declines nothing. It is also the oracle that other backends are tested against."""
+
+    name = "reference"
+    priority = 0
+
+    def decline(self, query: Query) -> str | None:
+        return None
+
+    def kernel(self, query: Query) -> Callable[..., Any]:
+        spec = query.spec
+        if isinstance(spec, WindowAttention):
+            return partial(window_attention, spec)
+        if isinstance(spec, LinearAttention):
+            return partial(linear_attention, spec)
+        return partial(joint_window_linear, spec)

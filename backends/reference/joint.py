@@ -1,0 +1,75 @@
+"""Reference kernel of `JointWindowLinear`: softmax near, linear far, one normaliser.
+
+A key enters the far state when it leaves the window, `window` tokens after it came, so at every
+token each earlier key is counted once: as a sink, in the window or in the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rewriter.backends.reference.far import normalise, scan, with_ones
+from rewriter.backends.reference.near import Near, attend, next_state
+from rewriter.backends.reference.precision import full_precision
+from rewriter.ir.kernels import JointWindowLinear, WindowAttention
+from rewriter.ir.state import State
+
+
+def joint_window_linear(
+    spec: JointWindowLinear,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    fq: torch.Tensor,
+    key_features: Callable[[torch.Tensor], torch.Tensor],
+    ratio: torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    state: State | None = None,
+) -> tuple[torch.Tensor, State | None]:
+    """Attend with n new tokens after those in `state`.
+
+    Args:
+        spec: window, sinks, scale, softcap, feature width m, hidden branches.
+        q, k, v: (B, H, n, Dk), (B, Hkv, n, Dk), (B, Hkv, n, Dv).
+        fq: (B, H, n, m) non-negative features of the queries.
+        key_features: maps (B, Hkv, t, Dk) keys to (B, Hkv, t, m) features. It is called on the
+            keys that leave the window, so features of near keys are never computed or stored.
+        ratio: (H,) positive weight r_h of the far part.
+        valid: (B, n) bool, False at padding; None means all valid.
+        state: tensors of `state_of(spec)`; None when the sequence starts here.
+
+    Returns:
+        (B, H, n, Dv) in the dtype of v, zero where a query sees no key, and the new state.
+    """
+    near_spec = WindowAttention(spec.window, spec.sinks, True, spec.scale, spec.softcap)
+    n = q.shape[-2]
+    with full_precision(q.device):
+        near = attend(near_spec, q, k, v, valid=valid, bias=None, state=state, top_gradient=True)
+        mass = torch.cat((near.numerator, near.denominator), -1)
+        if "window" in spec.hidden:
+            mass = torch.zeros_like(mass)
+        after: State | None = None
+        # Without a state nothing leaves a window that is at least as long as the sequence.
+        if state is not None or n > spec.window:
+            leaving = key_features(near.keys[:, :, :n])
+            values = with_ones(near.values[:, :, :n], _far_keys(spec, near, state, n))
+            start = None if state is None else state["far"]
+            read, end = scan(fq, leaving, values, start, inclusive=False)
+            if "linear" not in spec.hidden:
+                mass = mass + ratio.float()[None, :, None, None] * read
+            if state is not None:
+                after = {**next_state(near_spec, near, state, n), "far": end}
+        return normalise(mass).to(v.dtype), after
+
+
+def _far_keys(spec: JointWindowLinear, near: Near, state: State | None, n: int) -> torch.Tensor:
+    """(B | 1, n) bool: keys leaving the window that are valid and not sinks."""
+    first = 1 - spec.window
+    seen = state["seen"] if state is not None else near.sinks.at.new_zeros(1)
+    at = (seen + first)[:, None] + torch.arange(n, device=seen.device)
+    sunk = (at[:, :, None] == near.sinks.at[:, None, :]).any(-1)
+    # Slots before the first token have negative positions and are invalid, like empty sinks (-1).
+    return near.valid[:, :n] & ~sunk
