@@ -83,6 +83,8 @@ def _for_tokens(model: nn.Module, vocabulary: int, parameters: frozenset[str]) -
         generator = torch.Generator().manual_seed(batch * 1000 + length)
         ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
         kwargs: dict[str, Any] = {"input_ids": ids.to(device)}
+        if "use_cache" in parameters:
+            kwargs["use_cache"] = False
         if pads is not None and "attention_mask" in parameters:
             mask = torch.ones(batch, length, dtype=torch.long)
             for row in range(batch):

@@ -19,6 +19,7 @@ from rewriter.passes.realise.cache_probe import cache_layers
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.realise.owner import EmissionCache, ReEmitted, make_owner
 from rewriter.passes.realise.sizes import SizeBook
+from rewriter.passes.realise.visibility import ensure_called
 from rewriter.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,6 +84,7 @@ def realise(model: M, targets: list[Target], examples: Examples | None = None) -
             caches[key] = EmissionCache(type(owner), book, _cache_outputs(observed.output))
         core = build_core(target, layers.get(fqn), owner)
         make_owner(owner, target.site, core, caches[key])
+    ensure_called(model, owners, examples.primary)
     return model
 
 

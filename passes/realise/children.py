@@ -57,9 +57,9 @@ def _single(path: str, nodes: list[Node], captured: Captured) -> ChildCall | Non
     for node in nodes:
         for source in node.all_input_nodes:
             outside = source not in members and source.name not in known
-            if outside and isinstance(source.meta.get("val"), torch.Tensor):
-                if source not in inputs:
-                    inputs.append(source)
+            tensor = isinstance(source.meta.get("val"), torch.Tensor)
+            if outside and tensor and source not in inputs:
+                inputs.append(source)
         if any(user not in members for user in node.users):
             outputs.append(node)
     if len(inputs) != 1 or len(outputs) != 1:

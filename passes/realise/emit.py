@@ -40,6 +40,7 @@ class Emission:
         tensors: placeholder names in argument order.
         constants: tensors that the capture lifted out of the code.
         parameters: fully qualified names (relative to the owner) that the code reads.
+        unaccounted: names that the original graph reads and the new code does not (contract 1).
         dropped: outputs that became None, with the reason (contract 1).
     """
 
@@ -48,6 +49,7 @@ class Emission:
     tensors: tuple[str, ...]
     constants: tuple[torch.Tensor, ...]
     parameters: frozenset[str]
+    unaccounted: frozenset[str]
     dropped: tuple[str, ...]
 
 
@@ -106,8 +108,15 @@ class _Emitter:
                     for name in self.captured.parameters.values()
                     if name.startswith(f"{n.target}.")
                 }
+        read = frozenset(
+            self.captured.parameters[n.name]
+            for n in nodes
+            if n.op == "placeholder" and n.name in self.captured.parameters and n.users
+        )
         constants = tuple(self.captured.constants[n.name] for n in lifted)
-        return Emission(scope["forward"], code.src, names, constants, used, tuple(self.dropped))
+        return Emission(
+            scope["forward"], code.src, names, constants, used, read - used, tuple(self.dropped)
+        )
 
     def _root_sizes(self, tensors: Sequence[Node]) -> None:
         """Map each symbolic size to `x.size(d)` of a data input on the query's path."""

@@ -95,11 +95,9 @@ def from_canonical(graph: Graph, node: Node, layout: Layout, heads: HeadGroups) 
     permutation = tuple(have.index(axis) for axis in flat)
     if permutation != tuple(range(len(permutation))):
         node = graph.call_method("permute", (node, permutation))
-    position = 0
-    for dim in layout.dims:
+    for position, dim in enumerate(layout.dims):
         if len(dim) > 1:
             node = graph.call_method("flatten", (node, position, position + len(dim) - 1))
         elif not dim:
             node = graph.call_method("unsqueeze", (node, position))
-        position += 1
     return node

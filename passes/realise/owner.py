@@ -159,7 +159,7 @@ def trace(
         emission = emit(captured, found.matches[0], pattern.weights)
     except EmissionError as error:
         raise VerificationError(f"cannot re-emit {where}: {error}") from None
-    leaves, structure = pytree.tree_flatten(live)
+    _, structure = pytree.tree_flatten(live)
     by_text = {".".join(map(str, path)): path for path in tensors}
     paths = tuple(by_text[input_path(captured.inputs[name])] for name in emission.tensors)
     return Traced(emission, paths, structure, state.cache.cache_outputs)
@@ -189,6 +189,12 @@ def disagreement(site: AttentionSite, traced: AttentionSite) -> str | None:
     if site.softcap != traced.softcap:
         return f"the softcap is {traced.softcap}, matched as {site.softcap}"
     return None
+
+
+def emissions_of(owner: nn.Module) -> list[Emission]:
+    """All emissions traced so far for a re-emitted owner."""
+    state: OwnerState = owner.__dict__[STATE]
+    return [traced.emission for traced in state.cache.traced.values()]
 
 
 def make_owner(

@@ -1,0 +1,6 @@
+"""Verification: the contracts of the design, run on the person's own model on every rewrite."""
+
+from rewriter.passes.verify.contracts import Level, verify
+from rewriter.passes.verify.proof import SiteProof, prove_sites
+
+__all__ = ["Level", "SiteProof", "prove_sites", "verify"]

@@ -1,0 +1,65 @@
+"""Making sure that a re-emitted module is really called.
+
+Some containers bypass their children on a fused path (in evaluation without gradients) and would
+silently ignore a rewrite. A hook on the child keeps them from doing so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.errors import VerificationError
+from rewriter.passes.examples import Call
+
+
+@contextmanager
+def _counted(owner: nn.Module, counts: dict[str, int], fqn: str) -> Iterator[None]:
+    """Count calls of the core without hooks, since hooks change which path is taken."""
+    core = owner.get_submodule("core")
+    forward = core.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counts[fqn] += 1
+        return forward(*args, **kwargs)
+
+    core.__dict__["forward"] = counting
+    try:
+        yield
+    finally:
+        del core.__dict__["forward"]
+
+
+def core_calls(model: nn.Module, owners: Sequence[str], call: Call) -> dict[str, int]:
+    """How often each owner's core runs in one evaluation call without gradients."""
+    counts = dict.fromkeys(owners, 0)
+    with ExitStack() as stack:
+        for fqn in owners:
+            stack.enter_context(_counted(model.get_submodule(fqn), counts, fqn))
+        stack.enter_context(torch.no_grad())
+        model(*call.args, **dict(call.kwargs))
+    return counts
+
+
+def _visible(*_: Any) -> None:
+    """A hook that does nothing; its presence is what matters."""
+
+
+def ensure_called(model: nn.Module, owners: Sequence[str], call: Call) -> None:
+    """Put a hook on every owner that is bypassed, and check that each core runs.
+
+    Raises:
+        VerificationError: a core does not run even so.
+    """
+    for fqn, count in core_calls(model, owners, call).items():
+        if count == 0:
+            model.get_submodule(fqn).register_forward_pre_hook(_visible)
+    silent = [fqn for fqn, n in core_calls(model, owners, call).items() if n == 0]
+    if silent:
+        raise VerificationError(
+            f"the rewritten module '{silent[0]}' is never called: its container bypasses it"
+        )

@@ -1,0 +1,112 @@
+"""All ten contracts, in order, on one rewrite."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from torch import nn
+
+from rewriter.ir.contract import ContractResult, judged
+from rewriter.mixers.base import Mixer
+from rewriter.passes.examples import Examples
+from rewriter.passes.realise import Target
+from rewriter.passes.verify.accounting import check_accounting, check_keys, check_round_trip
+from rewriter.passes.verify.compare import max_difference
+from rewriter.passes.verify.cores import check_core
+from rewriter.passes.verify.exact import check_exact
+from rewriter.passes.verify.gap import check_gap
+from rewriter.passes.verify.proof import EXACT, SiteProof, cached_difference
+from rewriter.passes.verify.speed import check_speed
+from rewriter.passes.verify.whole import check_model, run_call
+
+Level = Literal["full", "quick", "none"]
+
+
+def verify(
+    original: nn.Module,
+    identity: nn.Module,
+    rewritten: nn.Module,
+    targets: Sequence[Target],
+    proofs: Sequence[SiteProof],
+    examples: Examples,
+    level: Level = "full",
+    wanted_length: int | None = None,
+    forced: bool = False,
+) -> list[ContractResult]:
+    """Run the contracts.
+
+    Args:
+        original: the model as it was.
+        identity: the same with every proved site re-emitted with the exact core.
+        rewritten: the result.
+        targets: what was rewritten to what.
+        proofs: the site proofs (`prove_sites`).
+        examples: how to call the model.
+        level: 'full'; 'quick' leaves out speed and the teacher gap; 'none' runs nothing.
+        wanted_length, forced: for contract 10, see `check_speed`.
+    """
+    if level == "none":
+        return []
+    return list(
+        _all(original, identity, rewritten, targets, proofs, examples, level, wanted_length, forced)
+    )
+
+
+def _all(
+    original: nn.Module,
+    identity: nn.Module,
+    rewritten: nn.Module,
+    targets: Sequence[Target],
+    proofs: Sequence[SiteProof],
+    examples: Examples,
+    level: Level,
+    wanted_length: int | None,
+    forced: bool,
+) -> Iterator[ContractResult]:
+    changed = [t for t in targets if t.mixer != EXACT]
+    exact = [t for t in targets if t.mixer == EXACT]
+    causal = bool(targets) and all(t.site.mask.causal for t in targets)
+    yield from check_accounting(rewritten, targets)
+    for core, subject in _distinct(rewritten, changed):
+        yield from check_core(core, subject)
+    yield from check_model(original, rewritten, examples, causal)
+    yield from _identity(original, identity, proofs, examples)
+    yield from check_keys(original, rewritten)
+    yield from check_round_trip(original, rewritten, targets, examples)
+    yield from check_exact(original, rewritten, exact, examples)
+    if level == "full":
+        yield from check_gap(original, rewritten, changed, examples)
+        for core, subject in _distinct(rewritten, changed):
+            yield from check_speed(core, subject, wanted_length, forced)
+
+
+def _distinct(model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[Mixer, str]]:
+    """One fp32 CPU copy of each different core, with the number of sites it stands for."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        options = json.dumps(dict(target.options), sort_keys=True)
+        groups.setdefault(f"{target.site.core_hash()} {target.mixer} {options}", []).append(target)
+    for members in groups.values():
+        core = model.get_submodule(members[0].site.fqn).get_submodule("core")
+        assert isinstance(core, Mixer)
+        count = f" and {len(members) - 1} like it" if len(members) > 1 else ""
+        subject = f"{members[0].mixer} at {members[0].site.fqn or 'the model'}{count}"
+        yield copy.deepcopy(core).float().cpu().eval(), subject
+
+
+def _identity(
+    original: nn.Module, identity: nn.Module, proofs: Sequence[SiteProof], examples: Examples
+) -> Iterator[ContractResult]:
+    """Contract 5: the identity plan gives the original outputs."""
+    worst = 0.0
+    for call in (examples.primary, *examples.variants.values()):
+        worst = max(worst, max_difference(run_call(identity, call), run_call(original, call)))
+    exact = all(p.bit_exact for p in proofs if p.refusal is None)
+    detail = "bit for bit" if worst == 0.0 and exact else "same ops, not bit for bit"
+    yield judged(5, "identity plan equals the original", "model", worst, 1e-4, detail)
+    if examples.cached:
+        measured = cached_difference(identity, original, examples)
+        yield judged(5, "identity plan with a cache equals the original", "model", measured, 1e-4)

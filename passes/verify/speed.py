@@ -1,0 +1,86 @@
+"""Contract 10: the measured length at which the new core overtakes the one it replaces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+
+from rewriter.ir.contract import ContractResult
+from rewriter.ir.site import AttentionSite
+from rewriter.mixers.base import Mixer
+from rewriter.passes.verify.cores import Sample, sample
+
+LENGTHS = (256, 1024, 4096)
+
+
+def original_core(site: AttentionSite, data: Sample) -> Callable[[], torch.Tensor]:
+    """The site's softmax core as torch's fused attention, the way unpadded calls run it."""
+    k = data.k.repeat_interleave(site.heads.group, dim=1)
+    v = data.v.repeat_interleave(site.heads.group, dim=1)
+    causal = site.mask.causal
+
+    def run() -> torch.Tensor:
+        return F.scaled_dot_product_attention(data.q, k, v, is_causal=causal, scale=site.scale)
+
+    return run
+
+
+def _time(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each function, interleaved."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for position, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            times[position].append(time.perf_counter() - start)
+    return [median(t) for t in times]
+
+
+def check_speed(
+    core: Mixer, subject: str, wanted: int | None, forced: bool
+) -> Iterator[ContractResult]:
+    """Time the core against fused softmax attention at a few lengths, batch 1, this device.
+
+    Args:
+        wanted: length in tokens at which the rewrite must not be slower, or None to only report.
+        forced: report instead of fail.
+    """
+    crossover: int | None = None
+    figures: list[str] = []
+    at_wanted: float | None = None
+    lengths = sorted({*LENGTHS, *([wanted] if wanted is not None else [])})
+    for tokens in lengths:
+        data = sample(core.site, tokens, batch=1)
+        bias = data.bias
+
+        def run(data: Sample = data, bias: torch.Tensor | None = bias) -> object:
+            return core.mix(data.q, data.k, data.v, valid=None, bias=bias, state=None)
+
+        with torch.no_grad():
+            _time([run], 1)
+            ours, theirs = _time([run, original_core(core.site, data)], 3)
+        ratio = theirs / ours
+        figures.append(f"{tokens}: {ratio:.2f}x")
+        if ratio >= 1.0 and crossover is None:
+            crossover = tokens
+        if tokens == wanted:
+            at_wanted = ratio
+    detail = "speed-up over fused softmax by length: " + ", ".join(figures)
+    measured = float("inf") if crossover is None else float(crossover)
+    yield ContractResult(
+        10, "crossover length (tokens)", subject, "reported", measured, detail=detail
+    )
+    if wanted is not None and at_wanted is not None:
+        slower = at_wanted < 1.0 and not forced
+        yield ContractResult(
+            10,
+            f"not slower at {wanted} tokens",
+            subject,
+            "fail" if slower else "pass",
+            1.0 / at_wanted,
+            1.0,
+        )
