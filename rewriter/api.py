@@ -1,0 +1,250 @@
+"""`rewrite`: the line from a model and a policy to a verified model, readable top to bottom."""
+
+from __future__ import annotations
+
+import time
+import types
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from rewriter.errors import NoSiteError, UsageError, VerificationError
+from rewriter.ir.site import AttentionSite, NearMiss
+from rewriter.passes.capture import capture
+from rewriter.passes.examples import Examples, examples_for
+from rewriter.passes.match import match
+from rewriter.passes.realise import ReEmitted, realise, share_parameters, targets_of
+from rewriter.passes.verify import Level, SiteProof, prove_sites
+from rewriter.passes.verify import verify as run_contracts
+from rewriter.plan import Plan
+from rewriter.policy import Policy, make_plan
+from rewriter.report import Report
+
+M = TypeVar("M", bound=nn.Module)
+OnMiss = Literal["error", "warn", "ignore"]
+PolicyLike = Policy | str | Path | Mapping[str, Any]
+RECORD = "_rewrite_record"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found in a model."""
+
+    sites: tuple[AttentionSite, ...]
+    misses: tuple[NearMiss, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rewritten model knows about its rewrite."""
+
+    plan: Plan
+    report: Report
+
+
+def rewrite(
+    model: M,
+    policy: PolicyLike | Plan,
+    example_inputs: Any = None,
+    *,
+    on_miss: OnMiss = "warn",
+    verify: Level = "full",
+    length: int | None = None,
+    force: bool = False,
+) -> M:
+    """Replace the attention of a trained model as the policy asks, and prove what can be proved.
+
+    Args:
+        model: any `nn.Module`; it is not changed. The result shares its parameters.
+        policy: a preset name, a YAML file, a dict, a `Policy`, or a `Plan` to replay.
+        example_inputs: tensor, tuple or dict to call the model with; derived from the config of
+            Hugging Face models by default.
+        on_miss: what to do about attention-like blocks that were not understood.
+        verify: 'full', 'quick' (no timing, no teacher gap) or 'none'.
+        length: tokens at which the rewrite must not be slower than the original.
+        force: accept a rewrite that is slower at `length`.
+
+    Returns:
+        A model of the same kind. `report_of(result)` is the report, `plan_of(result)` the plan.
+
+    Raises:
+        UsageError: policy, plan or example inputs do not fit.
+        NoSiteError: nothing to rewrite was found, or `on_miss='error'` and something was missed.
+        VerificationError: a contract failed; the report is in its `report` attribute.
+    """
+    if any(isinstance(m, ReEmitted) for m in model.modules()):
+        raise UsageError("the model is rewritten already; rewrite the original model instead")
+    clock = _Clock()
+    examples = examples_for(model, example_inputs)
+    with evaluating(model):
+        found = _find(model, examples)
+        clock.lap("find")
+        _mind_misses(found.misses, on_miss)
+        plan = _plan(policy, found)
+        identity, proofs = prove_sites(model, found.sites, examples)
+        plan = _refuse_unproved(plan, proofs)
+        clock.lap("prove")
+        targets = targets_of(plan)
+        if not targets:
+            raise NoSiteError(_nothing_left(plan))
+        result = realise(share_parameters(model), targets, examples)
+        clock.lap("realise")
+        contracts = run_contracts(
+            model, identity, result, targets, proofs, examples, verify, length, force
+        )
+        clock.lap("verify")
+    _restore_modes(model, result)
+    plan = plan.model_copy(
+        update={
+            "decisions": [
+                d if d.status == "refused" else d.model_copy(update={"status": "done"})
+                for d in plan.decisions
+            ]
+        }
+    )
+    report = Report(found.sites, found.misses, plan, tuple(contracts), clock.laps)
+    if report.failures:
+        raise _failed(report)
+    return attach(result, Record(plan, report))
+
+
+def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Find the attention of a model and say what was not understood; changes nothing."""
+    with evaluating(model):
+        return _find(model, examples_for(model, example_inputs))
+
+
+def make_plan_for(
+    model: nn.Module, policy: PolicyLike, example_inputs: Any = None
+) -> tuple[Plan, Inspection]:
+    """The plan a policy gives for a model, without rewriting it."""
+    found = inspect(model, example_inputs)
+    return make_plan(Policy.load(policy), found.sites, found.misses), found
+
+
+def report_of(model: nn.Module) -> Report:
+    """The report of the rewrite that made this model."""
+    return _record(model).report
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that was carried out on this model."""
+    return _record(model).plan
+
+
+def attach(model: M, record: Record) -> M:
+    """Give a rewritten model its record, and a `save_pretrained` that writes a guarded checkpoint."""
+    model.__dict__[RECORD] = record
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = types.MethodType(_save_pretrained, model)
+    return model
+
+
+def _save_pretrained(model: nn.Module, save_directory: str | Path, **_: Any) -> None:
+    """`save_pretrained` of a rewritten model: an unaware loader must not restore softmax silently."""
+    from rewriter.checkpoint import save
+
+    save(model, Path(save_directory), plan_of(model), overwrite=True)
+
+
+def _record(model: nn.Module) -> Record:
+    record = model.__dict__.get(RECORD)
+    if not isinstance(record, Record):
+        raise UsageError("this model was not made by rewriter.rewrite or rewriter.load")
+    return record
+
+
+def _find(model: nn.Module, examples: Examples) -> Inspection:
+    captured = capture(model, examples.primary.args, examples.primary.kwargs)
+    if isinstance(captured, NearMiss):
+        return Inspection((), (captured,))
+    found = match(captured)
+    return Inspection(tuple(m.site for m in found.matches), found.misses)
+
+
+def _mind_misses(misses: Sequence[NearMiss], on_miss: OnMiss) -> None:
+    if not misses or on_miss == "ignore":
+        return
+    text = f"{len(misses)} attention-like blocks were not understood; first: {misses[0].describe()}"
+    if on_miss == "error":
+        raise NoSiteError(f"{text}; pass on_miss='warn' to rewrite the others")
+    warnings.warn(text, stacklevel=3)
+
+
+def _plan(policy: PolicyLike | Plan, found: Inspection) -> Plan:
+    if isinstance(policy, Plan):
+        policy.check_against(found.sites)
+        return policy
+    loaded = Policy.load(policy)
+    if not found.sites:
+        why = f"; {found.misses[0].describe()}" if found.misses else ""
+        raise NoSiteError(f"no attention was found in the model{why}")
+    return make_plan(loaded, found.sites, found.misses)
+
+
+def _refuse_unproved(plan: Plan, proofs: Sequence[SiteProof]) -> Plan:
+    refusals = {p.site.index: p.refusal for p in proofs if p.refusal is not None}
+    decisions = [
+        d.model_copy(update={"status": "refused", "reason": f"not proved: {refusals[d.index]}"})
+        if d.index in refusals and d.status != "refused"
+        else d
+        for d in plan.decisions
+    ]
+    return plan.model_copy(update={"decisions": decisions})
+
+
+def _nothing_left(plan: Plan) -> str:
+    first = next((d for d in plan.decisions if d.reason), None)
+    why = f"; first reason, at '{first.fqn}': {first.reason}" if first else ""
+    return f"none of the {len(plan.decisions)} attention blocks can be rewritten as asked{why}"
+
+
+def _failed(report: Report) -> VerificationError:
+    first = report.failures[0]
+    error = VerificationError(
+        f"contract {first.number} ({first.title}) failed at {first.subject}: {first.check}: "
+        f"{first.measured:.3g}, allowed {first.bound:.3g}"
+        + (f" ({first.detail})" if first.detail else "")
+        + "; see the report of this error, or exclude the site in the policy"
+    )
+    error.report = report  # type: ignore[attr-defined]
+    return error
+
+
+def _restore_modes(model: nn.Module, result: nn.Module) -> None:
+    """Training flags of the result follow the original."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    for name, module in result.named_modules():
+        owner = name.rsplit(".core", 1)[0] if name not in flags else name
+        module.training = flags.get(owner, model.training)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the context; every module's own flag is restored after it."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 2)
+        self._last = now
+
+
+__all__ = ["Inspection", "Record", "inspect", "make_plan_for", "plan_of", "report_of", "rewrite"]
