@@ -239,9 +239,9 @@ def _window_bias(bias: torch.Tensor, blocks: _Blocks) -> torch.Tensor:
 def _sink_bias(bias: torch.Tensor, sinks: Sinks, blocks: _Blocks) -> torch.Tensor:
     """(1|B, 1|H, 1|n, seen + n) to (B, 1|H, blocks | 1, 1|size, slots)."""
     B, slots = sinks.at.shape
-    wide = wide(bias).expand(B, -1, -1, -1)
-    index = sinks.at.clamp(min=0)[:, None, None, :].expand(*wide.shape[:3], slots)
-    picked = wide.gather(-1, index)
+    rows = wide(bias).expand(B, -1, -1, -1)
+    index = sinks.at.clamp(min=0)[:, None, None, :].expand(*rows.shape[:3], slots)
+    picked = rows.gather(-1, index)
     if picked.shape[2] == 1:
         return picked.unsqueeze(2)
     picked = F.pad(picked, (0, 0, 0, blocks.tail))

@@ -15,7 +15,7 @@ from rewriter.ir.state import State
 
 @dataclass(frozen=True)
 class Sinks:
-    """`k` (B, Hkv, slots, Dk), `v` (B, Hkv, slots, Dv), `at` (B, slots): absolute positions or -1."""
+    """`k` (B, Hkv, slots, Dk), `v` (B, Hkv, slots, Dv), `at` (B, slots) positions, -1 if empty."""
 
     k: torch.Tensor
     v: torch.Tensor

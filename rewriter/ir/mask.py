@@ -16,7 +16,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Not, Or
 
-B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)
+B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E741 (query position)
 VALID = sympy.Function("valid")
 
 
@@ -45,7 +45,7 @@ class Causal(Atom):
 
 @dataclass(frozen=True)
 class Window(Atom):
-    """i - j < size: the last `size` tokens including the query itself, as in sliding-window models."""
+    """i - j < size: the last `size` tokens including the query's own (sliding-window models)."""
 
     size: int
     name: ClassVar[str] = "window"

@@ -91,7 +91,7 @@ class AddTerm(ScoreStep):
 
 @dataclass(frozen=True)
 class FillTerm(ScoreStep):
-    """scores filled with `value` where terms[index] is true (`keep=False`) or false (`keep=True`)."""
+    """scores filled with `value` where terms[index] is true, or with `keep` where it is false."""
 
     index: int
     value: float
@@ -106,7 +106,7 @@ TermRole = Literal["mask", "bias", "mask_and_bias", "none"]
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map next to the core: the module that holds it and, if fused, which rows are ours."""
+    """A linear map next to the core: the module that holds it, and whether others share it."""
 
     module: str
     fused: bool = False

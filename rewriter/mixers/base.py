@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import sympy
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from rewriter import generation
+from rewriter.errors import UnsupportedError
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import State, StateSpec
 from rewriter.mixers import terms as site_terms
@@ -74,7 +76,7 @@ class Mixer(nn.Module):
     branches: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
-        """Args: the site, validated options, and the layer's index in the cache (None: no cache)."""
+        """Args: the site, validated options, and the layer's index in the cache, if it has one."""
         super().__init__()
         self.site = site
         self.options = options
@@ -102,7 +104,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
-        """Options under which the mixer is full softmax attention up to `tokens` tokens, or None."""
+        """Options under which it is full softmax attention up to `tokens` tokens, or None."""
         return None
 
     def test_length(self) -> int:
@@ -141,21 +143,36 @@ class Mixer(nn.Module):
         terms: Terms = (),
         cache: Any = None,
         need_weights: bool = False,
-    ) -> tuple[torch.Tensor, None]:
-        """Called by the emitted module; returns (B, H, n, Dv) and no attention weights."""
-        seen = 0
-        layer = None
-        if cache is not None and self.layer is not None:
-            layer = generation.layer_of(cache, self.layer, self.state_spec(self.site, self.options))
-            seen = layer.seen
-        split = site_terms.split(self.site, terms, seen, q.shape[-2])
-        state = None
-        if layer is not None:
-            state = layer.load(self.site, q.shape[0], v.dtype, v.device)
-        out, state = self.mix(q, k, v, valid=split.valid, bias=split.bias, state=state)
-        if layer is not None and state is not None:
-            layer.store(state, q.shape[-2])
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Called by the emitted module.
+
+        Returns:
+            (B, H, n, Dv), and the attention weights where a mixer has them and they are wanted.
+
+        Raises:
+            UnsupportedError: the cache or a mask cannot be served.
+        """
+        batch, new = q.shape[0], q.shape[-2]
+        if cache is None or self.site.kind == "bidirectional":
+            split = site_terms.split(self.site, terms, 0, new).of_batch(batch)
+            out, _ = self.mix(q, k, v, valid=split.valid, bias=split.bias, state=None)
+            return out, None
+        if self.layer is None:
+            raise UnsupportedError(
+                f"'{self.site.fqn}' was called with a cache, but its place in the cache is not "
+                "known; call the model with use_cache=False"
+            )
+        layer = generation.layer_of(cache, self.layer, self._spec)
+        split = site_terms.split(self.site, terms, layer.seen, new).of_batch(batch)
+        state = layer.load(self.site, batch, v.dtype, v.device)
+        out, after = self.mix(q, k, v, valid=split.valid, bias=split.bias, state=state)
+        if after is not None:
+            layer.store(after, new)
         return out, None
+
+    @cached_property
+    def _spec(self) -> StateSpec:
+        return self.state_spec(self.site, self.options)
 
     @contextmanager
     def without(self, branch: str) -> Iterator[None]:

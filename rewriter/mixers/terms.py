@@ -2,28 +2,209 @@
 
 What a mask means was proved at match time; at run time the tensor adds only which tokens are
 padding. That it still means the same is checked on every call with new tensors, since dropping a
-mask silently would be a bug.
+mask silently would be a bug. A new key is padding iff no query may see it. The verdict is kept on
+the mask tensor itself, so layers that share a mask share the check and it goes away with the mask.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from rewriter.ir.site import AttentionSite
+from rewriter.errors import UnsupportedError
+from rewriter.ir.site import AddTerm, AttentionSite, FillTerm
+
+_NOTE = "_attention_rewriter_split"
+_NEVER = -1000.0  # a pure mask hides below this: exp(-1000) is 0 in every dtype
 
 
 @dataclass(frozen=True)
 class SplitTerms:
-    """`valid`: (B, n) bool or None; `bias`: (1|B, 1|H, 1|n, seen + n) or None."""
+    """`valid`: (B, n) bool or None if every new token is valid; `bias`: (1|B, 1|H, 1|n, seen + n).
+
+    Column j of `bias` belongs to the key at position j; hidden entries are 0.
+    """
 
     valid: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def of_batch(self, batch: int) -> SplitTerms:
+        """`valid` for all rows, also where one mask row serves the whole batch."""
+        if self.valid is None or self.valid.shape[0] == batch:
+            return self
+        return SplitTerms(self.valid.expand(batch, -1), self.bias)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One term: which keys it hides and what it adds, at least one of them not None."""
+
+    allow: torch.Tensor | None
     bias: torch.Tensor | None
 
 
 def split(
     site: AttentionSite, terms: Sequence[torch.Tensor | None], seen: int, new: int
 ) -> SplitTerms:
-    raise NotImplementedError
+    """Split the run-time terms of a site.
+
+    Args:
+        site: roles and score steps say what each term is.
+        terms: in the order of `site.terms`; each broadcasts to (B, H, new, Nk), None means the
+            caller gave no such tensor, so nothing is padded or added.
+        seen: tokens before the new ones.
+        new: number of new tokens.
+
+    Raises:
+        UnsupportedError: a mask hides or shows other keys than the one the model was traced with.
+    """
+    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] != "none"]
+    if not given:
+        return SplitTerms(None, None)
+    tensors = tuple(t for _, t in given)
+    parts = [_part(site, index, _four(term)) for index, term in given]
+    bias = _bias(parts, seen + new)
+    if all(part.allow is None for part in parts):
+        return SplitTerms(None, bias)
+    if not _readable(tensors):
+        return SplitTerms(_valid(site, parts, seen, new, check=False), bias)
+    key = (site.mask, site.score, site.terms, site.causal_flag, seen, new)
+    note = _recall(tensors, key)
+    if note is None:
+        note = _Note(_valid(site, parts, seen, new, check=True))
+        _remember(tensors, key, note)
+    return SplitTerms(note.valid, bias)
+
+
+def _readable(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the values can be read: not while a graph is traced or compiled."""
+    return not torch.compiler.is_compiling() and not any(
+        isinstance(t, FakeTensor) or t.is_meta for t in tensors
+    )
+
+
+def _bias(parts: list[_Part], length: int) -> torch.Tensor | None:
+    biases = [_align(part.bias, length) for part in parts if part.bias is not None]
+    return functools.reduce(torch.add, biases) if biases else None
+
+
+def _valid(
+    site: AttentionSite, parts: list[_Part], seen: int, new: int, *, check: bool
+) -> torch.Tensor | None:
+    """Which new tokens are real, (1|B, new), or None if all are."""
+    allow = functools.reduce(torch.logical_and, [p.allow for p in parts if p.allow is not None])
+    columns = allow.shape[-1]
+    if columns < new:
+        raise UnsupportedError(
+            f"'{site.fqn}': the mask has {columns} key columns for {new} new tokens after "
+            f"{seen}; pass a mask that covers the new tokens"
+        )
+    start = seen if columns >= seen + new else columns - new
+    real = allow.any(-2).any(1)  # (1|B, Nk)
+    valid = real[:, start : start + new]
+    if not check:
+        return valid
+    _check(site, allow, real, valid, seen, new)
+    return None if bool(valid.all()) else valid
+
+
+def _part(site: AttentionSite, index: int, term: torch.Tensor) -> _Part:
+    """What one term hides and adds, by its step in the score and its role."""
+    role = site.terms[index]
+    fill = next((s for s in site.score if isinstance(s, FillTerm) and s.index == index), None)
+    if fill is not None:
+        chosen = term.bool()
+        return _Part(chosen if fill.keep else ~chosen, None)
+    if not any(isinstance(s, AddTerm) and s.index == index for s in site.score):
+        raise UnsupportedError(f"'{site.fqn}': nothing is known about its mask tensor {index}")
+    if term.dtype == torch.bool:
+        return _Part(term, None)
+    if role == "bias":
+        return _Part(None, term)
+    if role == "mask":
+        return _Part(term > _NEVER, None)
+    allow = term > torch.finfo(term.dtype).min / 2
+    return _Part(allow, torch.where(allow, term, 0.0))
+
+
+def _four(term: torch.Tensor) -> torch.Tensor:
+    """(…, Nq, Nk) with leading axes of size 1 up to four."""
+    return term[(None,) * (4 - term.dim())] if term.dim() < 4 else term
+
+
+def _align(bias: torch.Tensor, length: int) -> torch.Tensor:
+    """Columns 0 … length - 1: a static cache shows more, a sliding cache only the last."""
+    columns = bias.shape[-1]
+    if columns >= length:
+        return bias[..., :length]
+    return torch.nn.functional.pad(bias, (length - columns, 0))
+
+
+def _check(
+    site: AttentionSite,
+    allow: torch.Tensor,
+    real: torch.Tensor,
+    valid: torch.Tensor,
+    seen: int,
+    new: int,
+) -> None:
+    """Compare the tensor with the predicate on the rows of valid queries."""
+    columns = allow.shape[-1]
+    queries = torch.arange(seen, seen + new, device=allow.device)
+    first = max(0, seen + new - columns)
+    keys = torch.arange(first, first + columns, device=allow.device)
+    # The causal flag hides keys beside the tensor, and a tensor need not hide them again.
+    expected = site.mask.dense(queries, keys)[None, None] & real[:, None, None, :]
+    shown = allow & (keys <= queries[:, None]) if site.causal_flag else allow
+    wrong = (shown != expected) & valid[:, None, :, None]
+    if bool(wrong.any()):
+        raise UnsupportedError(
+            f"'{site.fqn}': the mask passed now differs from {site.mask.describe()}, the mask this "
+            "model was traced with (packed documents or a custom mask, say); pass plain padding "
+            "masks, or keep this layer's original attention"
+        )
+
+
+def _owner(term: torch.Tensor) -> torch.Tensor:
+    """The tensor that views of one mask share; each layer may slice its own view."""
+    base: torch.Tensor | None = term._base
+    return term if base is None else base
+
+
+def _layout(term: torch.Tensor) -> tuple[object, ...]:
+    return term._version, tuple(term.shape), term.stride(), term.storage_offset(), term.dtype
+
+
+class _Note:
+    """What is remembered on a mask: `valid`, and of which tensors and call. Never pickled."""
+
+    def __init__(self, valid: torch.Tensor | None = None) -> None:
+        self.valid = valid
+        self.owners: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self.facts: tuple[object, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_Note], tuple[()]]:
+        return _Note, ()
+
+
+def _recall(tensors: tuple[torch.Tensor, ...], key: object) -> _Note | None:
+    if any(t.is_inference() for t in tensors):
+        return None  # inference tensors do not say when they change
+    note = getattr(_owner(tensors[0]), _NOTE, None)
+    if not isinstance(note, _Note) or note.facts != (key, *map(_layout, tensors)):
+        return None
+    same = all(ref() is _owner(t) for ref, t in zip(note.owners, tensors, strict=True))
+    return note if same else None
+
+
+def _remember(tensors: tuple[torch.Tensor, ...], key: object, note: _Note) -> None:
+    if any(t.is_inference() for t in tensors):
+        return
+    note.owners = tuple(weakref.ref(_owner(t)) for t in tensors)
+    note.facts = (key, *map(_layout, tensors))
+    setattr(_owner(tensors[0]), _NOTE, note)

@@ -1,0 +1,185 @@
+"""keep: the exact identity. It replays the captured core with the same torch operations.
+
+o = dropout(softmax(steps(q k^T))) v, or scaled_dot_product_attention as the graph called it. It is
+what an unchanged site becomes, and what every re-emission is proved with before another mixer
+takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+
+from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale, Softcap
+from rewriter.ir.state import (
+    BATCH,
+    HEADS,
+    KEY_DIM,
+    KV_HEADS,
+    TOKENS,
+    VALUE_DIM,
+    StateSpec,
+    StateTensor,
+)
+from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions, Terms
+
+
+class KeepOptions(MixerOptions):
+    """No options."""
+
+
+class Keep(Mixer):
+    info = MixerInfo(
+        name="keep",
+        family="exact",
+        tier="exact",
+        summary="the original attention, re-emitted bit for bit",
+        maths="o = softmax(q k^T scale + mask) v",
+        source="the captured graph",
+        directions=frozenset({"causal", "bidirectional"}),
+    )
+    Options = KeepOptions
+
+    @classmethod
+    def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
+        """Never: even an opaque mask is replayed as it is."""
+        return None
+
+    @classmethod
+    def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
+        """The ordinary key/value cache, which grows with the tokens."""
+        return StateSpec(
+            (
+                StateTensor("keys", (BATCH, KV_HEADS, TOKENS, KEY_DIM)),
+                StateTensor("values", (BATCH, KV_HEADS, TOKENS, VALUE_DIM)),
+            ),
+            bounded=False,
+            croppable=True,
+        )
+
+    @classmethod
+    def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        return 2 * BATCH * HEADS * TOKENS**2 * (KEY_DIM + VALUE_DIM)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms = (),
+        cache: Any = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Mixer.forward`; the state is an ordinary cache layer."""
+        seen = 0
+        if cache is not None and self.layer is not None:
+            seen = int(cache.get_seq_length(self.layer))
+            k, v = cache.update(k, v, self.layer)
+        if self.site.spelling == "sdpa":
+            return self._sdpa(q, k, v, terms, seen), None
+        out, weights = self._eager(q, k, v, terms, seen)
+        return out, weights if need_weights else None
+
+    def _eager(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms, seen: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        group = self.site.heads.group
+        k, v = _repeat(k, group), _repeat(v, group)
+        for step in self.site.score:
+            if isinstance(step, Scale) and step.on == "query":
+                q = _scaled(q, step)
+            elif isinstance(step, Scale) and step.on == "key":
+                k = _scaled(k, step)
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        for step in self.site.score:
+            if isinstance(step, Scale) and step.on == "scores":
+                scores = _scaled(scores, step)
+            elif isinstance(step, Softcap):
+                scores = torch.tanh(scores / step.cap) * step.cap
+            elif isinstance(step, AddTerm):
+                term = _columns(terms[step.index], k.shape[-2])
+                scores = scores if term is None else scores + term
+            elif isinstance(step, FillTerm):
+                term = _columns(terms[step.index], k.shape[-2])
+                if term is not None:
+                    chosen = ~term.bool() if step.keep else term.bool()
+                    scores = scores.masked_fill(chosen, step.value)
+        if self.site.causal_flag:
+            hidden = ~self._visible(q.shape[-2], k.shape[-2], seen, q.device)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        dtype = self.site.softmax_dtype
+        weights = torch.softmax(
+            scores, dim=-1, dtype=None if dtype is None else getattr(torch, dtype)
+        ).to(v.dtype)
+        weights = F.dropout(weights, p=self.site.dropout, training=self.training)
+        return torch.matmul(weights, v), weights
+
+    def _sdpa(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms, seen: int
+    ) -> torch.Tensor:
+        new, group = q.shape[-2], self.site.heads.group
+        mask = _columns(next((t for t in terms if t is not None), None), k.shape[-2])
+        causal = False
+        # Without a tensor a causal site means the flag, also where the traced call had a mask.
+        if mask is None and self.site.kind == "causal":
+            if seen == 0 and k.shape[-2] > new:  # an empty static cache shows its whole length
+                k, v = k[:, :, :new], v[:, :, :new]
+            causal = new > 1 and k.shape[-2] == new
+            if not causal and k.shape[-2] != 1 and not self._all_visible(new, k.shape[-2], seen):
+                mask = self._visible(new, k.shape[-2], seen, q.device)
+        heads = q.shape[1]
+        grouped = group > 1 and mask is None
+        packed = group > 1 and mask is not None and new == 1 and mask.shape[1] in (1, heads)
+        if packed and mask is not None:
+            # One token: the group's heads are rows of one head, so K and V are not copied.
+            q = q.reshape(q.shape[0], -1, group, q.shape[-1])
+            mask = (
+                mask
+                if mask.shape[1] == 1
+                else mask.reshape(mask.shape[0], -1, group, mask.shape[-1])
+            )
+        elif group > 1 and not grouped:
+            k, v = _repeat(k, group), _repeat(v, group)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.site.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.site.scale,
+            enable_gqa=grouped,
+        )
+        return out.reshape(out.shape[0], heads, new, -1) if packed else out
+
+    def _visible(self, new: int, keys: int, seen: int, device: torch.device) -> torch.Tensor:
+        """(1, 1, new, keys) bool from the site's predicate; a sliding cache shows the last keys."""
+        first = max(0, seen + new - keys)
+        queries = torch.arange(seen, seen + new, device=device)
+        return self.site.mask.dense(queries, torch.arange(first, first + keys, device=device))[
+            None, None
+        ]
+
+    def _all_visible(self, new: int, keys: int, seen: int) -> bool:
+        """One new token sees every key that a growing or sliding cache shows."""
+        return new == 1 and keys <= seen + 1 and self.site.mask.window is None
+
+
+def _scaled(x: torch.Tensor, step: Scale) -> torch.Tensor:
+    return x / step.value if step.divide else x * step.value
+
+
+def _columns(term: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """The columns of the keys at hand; a mask may have been made for a longer cache."""
+    return term if term is None or term.shape[-1] <= keys else term[..., :keys]
+
+
+def _repeat(x: torch.Tensor, group: int) -> torch.Tensor:
+    """(B, Hkv, N, D) to (B, Hkv * group, N, D), each head `group` times in a row."""
+    if group == 1:
+        return x
+    B, heads, n, width = x.shape
+    return x.unsqueeze(2).expand(B, heads, group, n, width).reshape(B, heads * group, n, width)

@@ -1,0 +1,105 @@
+"""sink_window: sliding window plus attention sinks, training-free (StreamingLLM).
+
+Causal: query i sees keys j <= i with i - j < window, and the first `sinks` tokens. Bidirectional:
+|i - j| < window, and the first `sinks` tokens. Positions stay the original ones, so the result is
+the teacher's own softmax with the far middle left out; window >= length is the teacher exactly.
+Without the sinks a pretrained model loses most of its quality, since many heads park their mass
+there.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from pydantic import Field
+
+from rewriter.backends.registry import resolve
+from rewriter.ir.kernels import WindowAttention, state_of
+from rewriter.ir.mask import Causal, KeyPadding, SymmetricWindow, Window
+from rewriter.ir.site import AttentionSite
+from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State, StateSpec
+from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
+
+_UNDERSTOOD = (Causal, KeyPadding, Window, SymmetricWindow)
+
+
+class SinkWindowOptions(MixerOptions):
+    """`window`: tokens in the window, the query's own included; `sinks`: first tokens kept."""
+
+    window: int = Field(default=256, ge=1)
+    sinks: int = Field(default=4, ge=0)
+
+
+class SinkWindow(Mixer):
+    info = MixerInfo(
+        name="sink_window",
+        family="sparse",
+        tier="approximate",
+        summary="softmax over a sliding window and the first tokens; bounded cache",
+        maths="o_i = softmax over {j : i - j < window or j < sinks} of (q_i k_j scale) v_j",
+        source="sink_swa (StreamingLLM)",
+        directions=frozenset({"causal", "bidirectional"}),
+    )
+    Options = SinkWindowOptions
+    branches = ("sinks", "window")
+
+    @classmethod
+    def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
+        reason = super().refuse(site, options)
+        if reason is not None:
+            return reason
+        for atom in site.mask.atoms:
+            if not isinstance(atom, _UNDERSTOOD):
+                return f"sink_window does not combine with a {atom.name} mask"
+        if site.has_bias and site.softcap is not None:
+            return "sink_window has no form for a bias together with a softcap"
+        return None
+
+    @classmethod
+    def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
+        return options.model_copy(update={"window": tokens})
+
+    @classmethod
+    def kernel_spec(
+        cls,
+        site: AttentionSite,
+        options: MixerOptions,
+        hidden: frozenset[str] = frozenset(),
+    ) -> WindowAttention:
+        """The mixer's window inside the one that the site has already."""
+        assert isinstance(options, SinkWindowOptions)
+        radius = site.mask.radius
+        return WindowAttention(
+            window=options.window,
+            sinks=options.sinks,
+            causal=site.kind == "causal",
+            scale=site.scale,
+            softcap=site.softcap,
+            limit=site.mask.window if radius is None else radius + 1,
+            hidden=hidden,
+        )
+
+    @classmethod
+    def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
+        return state_of(cls.kernel_spec(site, options))
+
+    @classmethod
+    def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        assert isinstance(options, SinkWindowOptions)
+        sides = 1 if site.kind == "causal" else 2
+        keys = sympy.Min(TOKENS, sides * options.window + options.sinks)
+        return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        valid: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        state: State | None,
+    ) -> tuple[torch.Tensor, State | None]:
+        spec = self.kernel_spec(self.site, self.options, self.disabled)
+        kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
+        return kernel.run(q, k, v, valid=valid, bias=bias, state=state)  # type: ignore[no-any-return]
