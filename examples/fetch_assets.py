@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -79,7 +78,7 @@ def fetch(name: str, into: Path) -> Path:
                 final = target / Path(member).name
                 partial = final.with_suffix(final.suffix + ".partial")
                 partial.write_bytes(archive.read(member))
-                os.replace(partial, final)
+                partial.replace(final)
     return target
 
 

@@ -97,9 +97,10 @@ def _for_tokens(model: nn.Module, vocabulary: int, parameters: frozenset[str]) -
         return Call((), kwargs)
 
     has_mask = "attention_mask" in parameters
+    unpadded = "none" if has_mask else None
     variants = {
         "no mask": call(BATCH, LENGTH, None),
-        "longer than captured, batch 3": call(3, 29, "none" if has_mask else None),
+        "longer than captured, batch 3": call(3, 29, unpadded),
         "batch 1": call(1, 11, None),
     }
     if has_mask:
@@ -108,8 +109,8 @@ def _for_tokens(model: nn.Module, vocabulary: int, parameters: frozenset[str]) -
     cached = "past_key_values" in parameters and "use_cache" in parameters
     is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return Examples(
-        primary=call(BATCH, LENGTH, "none" if has_mask else None),
-        resized=call(BATCH + 1, LENGTH + 4, "none" if has_mask else None),
+        primary=call(BATCH, LENGTH, unpadded),
+        resized=call(BATCH + 1, LENGTH + 4, unpadded),
         variants=variants,
         cached=cached and is_decoder and _fills_a_cache(model),
         padded="attention_mask" if has_mask else None,

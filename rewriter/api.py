@@ -138,7 +138,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def attach(model: M, record: Record) -> M:
-    """Give a rewritten model its record, and a `save_pretrained` that writes a guarded checkpoint."""
+    """Give a rewritten model its record and a `save_pretrained` that writes a guarded checkpoint."""
     model.__dict__[RECORD] = record
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = types.MethodType(_save_pretrained, model)
@@ -146,7 +146,7 @@ def attach(model: M, record: Record) -> M:
 
 
 def _save_pretrained(model: nn.Module, save_directory: str | Path, **_: Any) -> None:
-    """`save_pretrained` of a rewritten model: an unaware loader must not restore softmax silently."""
+    """`save_pretrained` of a rewritten model: unaware loaders must not restore softmax silently."""
     from rewriter.checkpoint import save
 
     save(model, Path(save_directory), plan_of(model), overwrite=True)

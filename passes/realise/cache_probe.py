@@ -35,7 +35,7 @@ def cache_layers(model: nn.Module, owners: Sequence[str], examples: Examples) ->
             found.setdefault(running[-1], layer_idx)
         return update(keys, values, layer_idx, *args, **kwargs)
 
-    cache.update = watched  # type: ignore[method-assign]
+    cache.update = watched
     with ExitStack() as stack, torch.no_grad():
         for fqn in owners:
             module = model.get_submodule(fqn)

@@ -136,7 +136,9 @@ class _Emitter:
         if node.op == "placeholder":
             return
         if node.op == "output":
-            self.graph.output(tuple(self._output(a) for a in node.args[0]))
+            results = node.args[0]
+            assert isinstance(results, tuple | list)
+            self.graph.output(tuple(self._output(a) for a in results))
             return
         if node is core.output.node:
             self._emit_core(cache)

@@ -1,4 +1,4 @@
-"""Contracts of a mixer's core on random tensors: head map, schedules, causality, padding, limits."""
+"""Contracts of a core on random tensors: head map, schedules, causality, padding, limits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sample(site: AttentionSite, tokens: int, batch: int = 2, seed: int = 0) -> S
 
 
 def check_core(core: Mixer, subject: str) -> Iterator[ContractResult]:
-    """All core-level contracts of one mixer instance. Runs on the CPU in fp32, without gradients."""
+    """All core-level contracts of one mixer instance, on the CPU in fp32, without gradients."""
     tokens = core.test_length()
     with torch.no_grad():
         data = sample(core.site, tokens)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -103,7 +104,7 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
-def _difference(ours: nn.Module, theirs: nn.Module, named: dict[str, Any]) -> float:
+def _difference(ours: nn.Module, theirs: nn.Module, named: Mapping[str, Any]) -> float:
     with torch.no_grad():
         expected = tensors_of(theirs(**named))
         got = tensors_of(ours(**named))
@@ -154,7 +155,7 @@ def cached_logits(model: nn.Module, call: Call, split: int) -> list[torch.Tensor
     out: list[torch.Tensor] = []
     edges = [0, split, *range(split + 1, ids.shape[1] + 1)]
     with torch.no_grad():
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             kwargs: dict[str, Any] = {"input_ids": ids[:, start:stop]}
             if mask is not None:
                 kwargs["attention_mask"] = mask[:, :stop]
