@@ -1,0 +1,107 @@
+"""Find every attention block of a captured graph: anchor on softmax, peel outward, name the parts."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from rewriter.ir.site import AttentionSite, NearMiss, PositionKind, Projection
+from rewriter.passes.capture import Captured
+from rewriter.passes.match import anchors, heads, producers
+from rewriter.passes.match.draft import Draft, Facts
+from rewriter.passes.match.fingerprint import fingerprint
+from rewriter.passes.match.heads import Operands
+from rewriter.passes.match.result import CoreNodes, Match, MatchResult
+from rewriter.passes.match.semantics import Meaning, Semantics
+from rewriter.passes.match.view import Refusal, View
+from rewriter.passes.normalise.ops import value
+from rewriter.passes.provenance import common_module, module_path, source_of
+
+
+def match(captured: Captured) -> MatchResult:
+    """Every attention block that is understood, and a near miss for every one that is not."""
+    view = View(captured)
+    semantics = Semantics(view)
+    matches: list[Match] = []
+    misses: list[NearMiss] = []
+    for node in anchors.candidates(view):
+        facts = Facts()
+        draft = anchors.read(node, view, facts)
+        found = draft if isinstance(draft, Refusal) else _site(draft, view, semantics, matches)
+        if isinstance(found, Refusal):
+            misses.append(
+                NearMiss("match", found.reason, source_of(found.node), tuple(facts.lines))
+            )
+        else:
+            matches.append(found)
+    return MatchResult(tuple(matches), tuple(misses))
+
+
+def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -> Match | Refusal:
+    named = heads.operands(draft, view)
+    if isinstance(named, Refusal):
+        return named
+    meaning = semantics.of(draft, named)
+    region = _region(draft, named)
+    found = {
+        "query": producers.upstream(named.query.node, view),
+        "key": producers.upstream(named.key.node, view),
+        "value": producers.upstream(named.value.node, view),
+    }
+    output = producers.downstream(named.output.node, view)
+    projections, linears = producers.projections(found, output)
+    owner = common_module([module_path(n) for n in (*region, *linears)])
+    rotary = producers.rotary_width(named.query, found["query"], view)
+    site = AttentionSite(
+        fqn=owner,
+        index=len(before),
+        heads=named.heads,
+        score=(*named.scales, *draft.steps),
+        terms=meaning.roles,
+        mask=meaning.mask,
+        spelling=draft.spelling,
+        source=source_of(draft.anchor),
+        position=_position(rotary, meaning),
+        rotary_dim=rotary,
+        softmax_dtype=draft.softmax_dtype,
+        dropout=draft.dropout,
+        projections=_relative(projections, owner),
+        prescaled=named.prescaled,
+        causal_flag=draft.causal_flag,
+        qk_norm=found["query"].normed and found["key"].normed,
+        fingerprint=fingerprint(owner, draft.anchor, view),
+    )
+    nodes = CoreNodes(
+        query=named.query,
+        key=named.key,
+        value=named.value,
+        terms=named.terms,
+        output=named.output,
+        weights=named.weights,
+        region=region,
+    )
+    return Match(site, nodes)
+
+
+def _region(draft: Draft, named: Operands) -> frozenset[fx.Node]:
+    """Tensor nodes between the operands (excluded) and the output (included)."""
+    stop = {named.query.node, named.key.node, named.value.node, *(t.node for t in named.terms)}
+    region: set[fx.Node] = set()
+    stack = [draft.output.node]
+    while stack:
+        node = stack.pop()
+        if node in region or node in stop or node.op == "placeholder" or value(node) is None:
+            continue
+        region.add(node)
+        stack.extend(node.all_input_nodes)
+    return frozenset(region)
+
+
+def _position(rotary: int, meaning: Meaning) -> PositionKind:
+    if rotary:
+        return "rotary"
+    return meaning.position or "external"
+
+
+def _relative(projections: dict[str, Projection], owner: str) -> dict[str, Projection]:
+    """Projection modules by their full path; kept as found when they lie outside the owner."""
+    return dict(projections)

@@ -1,0 +1,140 @@
+"""What lies upstream and downstream of a core: projections, rotary embedding, QK-norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rewriter.ir.site import Projection
+from rewriter.passes.match.result import Operand
+from rewriter.passes.match.view import View
+from rewriter.passes.normalise.noops import strip, strip_casts
+from rewriter.passes.normalise.ops import op, operand, tensor_inputs, value
+from rewriter.passes.provenance import module_path
+
+_NORMS = frozenset({"layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm", "rsqrt"})
+_REACH = 80
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What was found between an operand and its projections."""
+
+    linears: tuple[fx.Node, ...]
+    nodes: frozenset[fx.Node]
+
+    @property
+    def normed(self) -> bool:
+        return any(op(n) in _NORMS for n in self.nodes)
+
+
+def upstream(start: fx.Node, view: View) -> Upstream:
+    """Walk back from an operand; a projection by a parameter ends each path."""
+    linears: list[fx.Node] = []
+    nodes: set[fx.Node] = set()
+    queue = [start]
+    while queue and len(nodes) < _REACH:
+        node = queue.pop(0)
+        if node in nodes or node.op != "call_function":
+            continue
+        if view.linear(node) is not None:
+            if node not in linears:
+                linears.append(node)
+            continue
+        nodes.add(node)
+        queue.extend(tensor_inputs(node))
+    return Upstream(tuple(linears), frozenset(nodes))
+
+
+def downstream(output: fx.Node, view: View) -> fx.Node | None:
+    """The projection that the core's result enters, if nothing but layout stands between."""
+    node = output
+    for _ in range(_REACH):
+        users = [u for u in node.users if op(u) and isinstance(value(u), torch.Tensor)]
+        if len(users) != 1:
+            return None
+        found = view.linear(users[0])
+        if found is not None:
+            return users[0] if found.source is node else None
+        if op(users[0]) not in _CARRIERS:
+            return None
+        node = users[0]
+    return None
+
+
+_CARRIERS = frozenset(
+    {
+        "transpose",
+        "permute",
+        "reshape",
+        "view",
+        "contiguous",
+        "clone",
+        "to",
+        "dropout",
+        "flatten",
+        "_unsafe_view",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "alias",
+    }
+)
+
+
+def projections(
+    found: Mapping[str, Upstream], output: fx.Node | None
+) -> tuple[dict[str, Projection], tuple[fx.Node, ...]]:
+    """Name the projections; one linear that serves several operands is fused."""
+    nearest = {name: up.linears[0] for name, up in found.items() if len(up.linears) == 1}
+    out: dict[str, Projection] = {}
+    for name, node in nearest.items():
+        fused = sum(1 for other in nearest.values() if other is node) > 1
+        out[name] = Projection(module_path(node), fused)
+    if output is not None:
+        out["output"] = Projection(module_path(output))
+    return out, tuple(dict.fromkeys(nearest.values()))
+
+
+def rotary_width(query: Operand, found: Upstream, view: View) -> int:
+    """Rotated channels of each head, 0 without rotary embedding."""
+    for node in found.nodes:
+        name = op(node)
+        if name == "view_as_complex":
+            return 2 * view.sizes.of(node)[-1]
+        if name in ("cat", "stack") and _rotates(node):
+            width = view.sizes.of(node)[-1]
+            interleaved = name == "stack" and width == 2
+            return width * view.sizes.of(node)[-2] if interleaved else width
+    return 0
+
+
+def _rotates(node: fx.Node) -> bool:
+    """cat([-x2, x1]) or cat([x1 cos - x2 sin, x2 cos + x1 sin])."""
+    parts = node.args[0]
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        return False
+    first, second = parts
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return False
+    first, second = strip_casts(first), strip_casts(second)
+    if op(first) == "neg":
+        return _base(operand(first)) is _base(second)
+    if op(first) == "sub" and op(second) == "add":
+        return all(
+            isinstance(a, fx.Node) and op(strip(a)) == "mul"
+            for n in (first, second)
+            for a in n.args[:2]
+        )
+    return False
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The tensor that a half was cut from."""
+    node = strip(node)
+    while op(node) in ("slice", "getitem", "select", "split", "chunk", "unbind", "squeeze"):
+        node = strip(operand(node))
+    return node

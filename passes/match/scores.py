@@ -1,0 +1,241 @@
+"""From a softmax back to the product of queries and keys, through a table of transparent rules.
+
+Each rule reads one node and yields a typed step, or a refusal that names the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, Softcap
+from rewriter.passes.match.draft import Facts, Labelled, Scores
+from rewriter.passes.match.view import Refusal, View
+from rewriter.passes.normalise.axes import Axes, Labels
+from rewriter.passes.normalise.contract import Contraction, contraction
+from rewriter.passes.normalise.layout import backward
+from rewriter.passes.normalise.noops import cast_dtype, is_cast, is_noop, strip
+from rewriter.passes.normalise.ops import arguments, op, operand, value
+from rewriter.passes.normalise.softmax import Softmax
+
+
+@dataclass
+class _Walk:
+    """State of one walk; steps and terms are collected backwards."""
+
+    view: View
+    axes: Axes
+    facts: Facts
+    node: fx.Node
+    labels: Labels
+    steps: list[ScoreStep | fx.Node] = field(default_factory=list)
+    fills: dict[fx.Node, FillTerm] = field(default_factory=dict)
+    terms: dict[fx.Node, Labelled] = field(default_factory=dict)
+    dtype: str | None = None
+
+    def join(self, at: fx.Node, term: fx.Node, main: fx.Node) -> Refusal | None:
+        """Record that `term` joins the scores at node `at`."""
+        shape = self.view.sizes.of(term)
+        if len(shape) > len(self.labels):
+            return Refusal("a mask or bias has more dimensions than the scores", at)
+        aligned = self.labels[len(self.labels) - len(shape) :]
+        labels = tuple(() if s == 1 else d for s, d in zip(shape, aligned, strict=True))
+        if self.view.sizes.of(main) != self.view.sizes.of(at):
+            return Refusal("a mask or bias is larger than the scores it is added to", at)
+        self.terms[at] = Labelled(term, labels)
+        self.steps.append(at)
+        return None
+
+
+def scores(
+    softmax: Softmax, labels: Labels, view: View, axes: Axes, facts: Facts
+) -> Scores | Refusal:
+    """Walk back from a softmax whose result carries `labels`."""
+    walk = _Walk(view, axes, facts, softmax.scores, labels)
+    if softmax.dtype is not None:
+        walk.dtype = str(softmax.dtype).removeprefix("torch.")
+    while True:
+        found = contraction(walk.node, walk.labels, axes, view.sizes)
+        if isinstance(found, str):
+            return Refusal(found, walk.node)
+        if found is not None and view.linear(walk.node) is None:
+            return _finish(walk, found, axes.leaves(labels[softmax.dim]))
+        refusal = _step(walk)
+        if refusal is not None:
+            return refusal
+
+
+def _step(walk: _Walk) -> Refusal | None:
+    node = walk.node
+    if is_cast(node) and walk.dtype is None and not walk.steps:
+        dtype = cast_dtype(node)
+        walk.dtype = str(dtype).removeprefix("torch.")
+    if is_noop(node) or is_cast(node):
+        walk.node = operand(node)
+        return None
+    rule = _RULES.get(op(node))
+    if rule is not None:
+        return rule(walk, node)
+    step = backward(node, walk.labels, walk.axes, walk.view.sizes)
+    if step is not None and not step.repeated:
+        walk.node, walk.labels = step.source, step.labels
+        return None
+    kind = op(node) or node.op
+    return Refusal(f"'{kind}' stands between a product and the softmax and is not understood", node)
+
+
+def _scale(walk: _Walk, node: fx.Node) -> Refusal | None:
+    """A factor, or the outer factor of a soft-cap."""
+    divide = op(node) == "div"
+    if divide and arguments(node).get("rounding_mode"):
+        return Refusal("the scores are rounded", node)
+    factor = walk.view.constants.scalar(node.args[1])
+    main = node.args[0]
+    if factor is None and not divide:
+        factor, main = walk.view.constants.scalar(node.args[0]), node.args[1]
+    if factor is None or not isinstance(main, fx.Node) or factor == 0.0:
+        return Refusal("the scores are scaled by something that is no constant", node)
+    if not divide and op(strip(main)) == "tanh":
+        return _softcap(walk, strip(main), factor)
+    walk.steps.append(Scale(factor, divide=divide))
+    walk.facts.add(f"scale {1 / factor if divide else factor:g}")
+    walk.node = main
+    return None
+
+
+def _softcap(walk: _Walk, node: fx.Node, cap: float = 1.0) -> Refusal | None:
+    inner = strip(operand(node))
+    divisor = None
+    if op(inner) in ("div", "mul"):
+        divisor = walk.view.constants.scalar(inner.args[1])
+        if divisor is not None and op(inner) == "mul" and divisor != 0.0:
+            divisor = 1.0 / divisor
+    if divisor:
+        walk.node = operand(inner)
+    else:
+        divisor, walk.node = 1.0, operand(node)
+    walk.steps.append(Softcap(cap))
+    if abs(divisor - cap) > 1e-6 * abs(cap):
+        walk.steps.append(Scale(cap / divisor))
+    walk.facts.add(f"softcap {cap:g}")
+    return None
+
+
+def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
+    if arguments(node).get("alpha", 1) != 1:
+        return Refusal("a mask or bias is added with a factor", node)
+    pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    if len(pair) != 2:
+        return Refusal("a constant is added to the scores", node)
+    leading = [a for a in pair if leads_to_product(walk.view, a)]
+    if len(leading) != 1:
+        what = "two products are added" if leading else "no product of queries and keys is in sight"
+        return Refusal(f"{what} before the softmax", node)
+    main = leading[0]
+    term = pair[1] if main is pair[0] else pair[0]
+    refusal = walk.join(node, term, main)
+    if refusal is None:
+        walk.facts.add(f"added term '{term.name}'")
+        walk.node = main
+    return refusal
+
+
+def _sub(walk: _Walk, node: fx.Node) -> Refusal | None:
+    """x - max(x) changes no softmax; other differences are refused."""
+    shift = strip(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+    if shift is not None and op(shift) == "getitem":
+        shift = operand(shift)
+    if shift is not None and op(shift) in ("amax", "max"):
+        if strip(operand(shift)) is strip(operand(node)):
+            walk.node = operand(node)
+            return None
+    return Refusal("something is subtracted from the scores", node)
+
+
+def _fill(walk: _Walk, node: fx.Node) -> Refusal | None:
+    """masked_fill(x, mask, c), where(mask, x, c) and where(mask, c, x)."""
+    if op(node) == "masked_fill":
+        main, mask, constant, keep = node.args[0], node.args[1], node.args[2], False
+    else:
+        mask, yes, no = node.args[:3]
+        keep = isinstance(yes, fx.Node) and leads_to_product(walk.view, yes)
+        main, constant = (yes, no) if keep else (no, yes)
+    fill = walk.view.constants.scalar(constant)
+    if fill is None or not isinstance(main, fx.Node) or not isinstance(mask, fx.Node):
+        return Refusal("the scores are filled with something that is no constant", node)
+    refusal = walk.join(node, mask, main)
+    if refusal is None:
+        walk.fills[node] = FillTerm(0, fill, keep)
+        walk.facts.add(f"boolean mask '{mask.name}'")
+        walk.node = main
+    return refusal
+
+
+_RULES: Mapping[str, Callable[[_Walk, fx.Node], Refusal | None]] = {
+    "mul": _scale,
+    "div": _scale,
+    "tanh": _softcap,
+    "add": _add,
+    "sub": _sub,
+    "masked_fill": _fill,
+    "where": _fill,
+}
+
+
+def leads_to_product(view: View, node: fx.Node) -> bool:
+    """True if transparent nodes lead back to a product of two activations."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        if view.is_product(item):
+            return True
+        if is_noop(item) or is_cast(item) or op(item) in _PASSABLE:
+            stack.extend(n for n in item.all_input_nodes if value(n) is not None)
+    return False
+
+
+_PASSABLE = frozenset(
+    {*_RULES, "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze"}
+)
+
+
+def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Scores | Refusal:
+    axes = walk.axes
+    if product.added is not None:
+        if product.beta != 1.0:
+            return Refusal("a mask or bias is added with a factor", product.node)
+        shape = walk.view.sizes.of(product.added)
+        aligned = walk.labels[len(walk.labels) - len(shape) :]
+        labels = tuple(() if s == 1 else d for s, d in zip(shape, aligned, strict=True))
+        walk.terms[product.node] = Labelled(product.added, labels)
+        walk.steps.append(product.node)
+        walk.facts.add(f"added term '{product.added.name}'")
+    if product.alpha != 1.0:
+        walk.steps.append(Scale(product.alpha))
+        walk.facts.add(f"scale {product.alpha:g}")
+    left = set(axes.leaves(a for dim in product.left_labels for a in dim))
+    right = set(axes.leaves(a for dim in product.right_labels for a in dim))
+    key = set(axes.leaves(key_axis))
+    if not key or (key & left and key & right):
+        return Refusal("the softmax runs over an axis that queries and keys share", product.node)
+    sides = (
+        Labelled(product.left, product.left_labels),
+        Labelled(product.right, product.right_labels),
+    )
+    query, keys = sides if key <= right else sides[::-1]
+    steps: list[ScoreStep] = []
+    terms: list[Labelled] = []
+    for item in reversed(walk.steps):
+        if not isinstance(item, fx.Node):
+            steps.append(item)
+            continue
+        fill = walk.fills.get(item)
+        index = len(terms)
+        steps.append(AddTerm(index) if fill is None else FillTerm(index, fill.value, fill.keep))
+        terms.append(walk.terms[item])
+    return Scores(query, keys, tuple(steps), tuple(terms), walk.dtype)

@@ -1,0 +1,119 @@
+"""From a softmax forward to the product with the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from rewriter.passes.match.draft import Labelled
+from rewriter.passes.match.view import Refusal, View
+from rewriter.passes.normalise.axes import Axes, Labels
+from rewriter.passes.normalise.contract import contraction
+from rewriter.passes.normalise.layout import forward
+from rewriter.passes.normalise.noops import is_cast
+from rewriter.passes.normalise.ops import arguments, op
+
+_DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
+
+
+@dataclass(frozen=True)
+class Values:
+    """The product of probabilities and values.
+
+    `kept` is True if something besides this product uses the probabilities.
+    """
+
+    value: Labelled
+    output: Labelled
+    dropout: float
+    kept: bool
+
+
+def values(
+    softmax: fx.Node, labels: Labels, key_axis: tuple[int, ...], view: View, axes: Axes
+) -> Values | Refusal:
+    """Follow the probabilities to the one contraction that sums values over `key_axis`."""
+    ends: list[tuple[fx.Node, fx.Node, Labels, float]] = []
+    strangers: list[fx.Node] = []
+    stack: list[tuple[fx.Node, Labels, float]] = [(softmax, labels, 0.0)]
+    while stack:
+        node, here, dropped = stack.pop()
+        for user in node.users:
+            if view.is_product(user):
+                ends.append((user, node, here, dropped))
+                continue
+            if op(user) in _DROPOUTS:
+                stack.append((user, here, float(arguments(user)["p"])))
+                continue
+            after = here if is_cast(user) else forward(user, here, axes, view.sizes)
+            if after is None:
+                strangers.append(user)
+            else:
+                stack.append((user, after, dropped))
+    if not ends:
+        return _no_end(softmax, strangers)
+    if len(ends) > 1:
+        return Refusal("the probabilities enter more than one product", ends[1][0])
+    end, probabilities, here, dropped = ends[0]
+    product = _product(end, probabilities, here, key_axis, view, axes)
+    if isinstance(product, Refusal):
+        return product
+    value, output = product
+    if _depends(value.node, softmax, view):
+        return Refusal("the values depend on the probabilities", value.node)
+    return Values(value, output, dropped, bool(strangers))
+
+
+def _no_end(softmax: fx.Node, strangers: list[fx.Node]) -> Refusal:
+    inner = [s for s in strangers if s.op != "output"]
+    if not inner:
+        return Refusal("the softmax is not followed by a product with values", softmax)
+    kind = op(inner[0]) or str(inner[0].target)
+    return Refusal(f"'{kind}' stands between the softmax and any product with values", inner[0])
+
+
+def _product(
+    node: fx.Node,
+    probabilities: fx.Node,
+    labels: Labels,
+    key_axis: tuple[int, ...],
+    view: View,
+    axes: Axes,
+) -> tuple[Labelled, Labelled] | Refusal:
+    """Values and output of `node`, its axes unified with those of the probabilities."""
+    found = contraction(node, axes.fresh(view.sizes.of(node)), axes, view.sizes)
+    if found is None or isinstance(found, str):
+        return Refusal(found or "no contraction", node)
+    if found.added is not None or found.alpha != 1.0:
+        return Refusal("something is added to the product with the values", node)
+    if found.left is found.right or probabilities not in (found.left, found.right):
+        return Refusal("the probabilities are multiplied with themselves", node)
+    mine, other, theirs = found.left_labels, found.right, found.right_labels
+    if probabilities is found.right:
+        mine, other, theirs = found.right_labels, found.left, found.left_labels
+    known = {dim: axes.leaves(now) for dim, now in zip(mine, labels, strict=True) if dim}
+
+    def renamed(dims: Labels) -> Labels:
+        return tuple(known.get(dim, dim) for dim in dims)
+
+    value = Labelled(other, renamed(theirs))
+    output = Labelled(node, renamed(found.out_labels))
+    summed = {a for dim in value.labels for a in dim} & {a for dim in labels for a in dim}
+    summed = set(axes.leaves(summed)) - {a for d in output.labels for a in axes.leaves(d)}
+    if summed != set(axes.leaves(key_axis)):
+        return Refusal("the values are summed over another axis than the softmax runs over", node)
+    return value, output
+
+
+def _depends(node: fx.Node, on: fx.Node, view: View) -> bool:
+    """True if `node` is computed from `on`."""
+    stack, seen, first = [node], set[fx.Node](), view.order[on]
+    while stack:
+        item = stack.pop()
+        if item is on:
+            return True
+        if item not in seen and view.order[item] > first:
+            seen.add(item)
+            stack.extend(item.all_input_nodes)
+    return False

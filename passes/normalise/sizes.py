@@ -1,0 +1,56 @@
+"""Symbolic sizes as plain integers: each symbol becomes its own large prime.
+
+Products and quotients of sizes then factor uniquely, so a reshape can be read off by arithmetic:
+no static size of a model shares a factor with a batch or sequence symbol.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import fx
+
+from rewriter.passes.normalise.ops import value
+from rewriter.passes.torch_private import symbolic_expression
+
+_FIRST = 1_000_003
+
+
+class Sizes:
+    """Integer stand-ins for the sizes of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        symbols: set[sympy.Symbol] = set()
+        for node in graph.nodes:
+            if (val := value(node)) is not None:
+                for size in val.shape:
+                    symbols |= symbolic_expression(size).free_symbols
+        self.primes: dict[sympy.Symbol, int] = {}
+        prime = _FIRST
+        for symbol in sorted(symbols, key=str):
+            prime = int(sympy.nextprime(prime))
+            self.primes[symbol] = prime
+
+    def number(self, size: int | torch.SymInt) -> int:
+        """Stand-in of one size."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        return int(symbolic_expression(size).subs(self.primes))
+
+    def of(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a tensor node in stand-ins."""
+        val = value(node)
+        if val is None:
+            raise TypeError(f"'{node.name}' holds no tensor")
+        return tuple(self.number(s) for s in val.shape)
+
+    def dynamic(self, number: int) -> bool:
+        """True if a stand-in contains a symbol."""
+        return any(number % prime == 0 for prime in self.primes.values())
+
+    def static_factor(self, number: int) -> int:
+        """The stand-in without its symbols: 4 for 4 * batch."""
+        for prime in self.primes.values():
+            while number % prime == 0:
+                number //= prime
+        return number

@@ -1,0 +1,103 @@
+"""One softmax for its spellings: the operators, and exp divided by its sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rewriter.passes.normalise.noops import strip, strip_casts
+from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
+
+_OPERATORS = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
+_MAXIMA = frozenset({"amax", "max"})
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """`node` = softmax of `scores` over dimension `dim` (positive).
+
+    `dtype` is what the operator itself casts the scores to, if it does. `nodes` are the nodes of a
+    hand-written softmax between scores and result, result included.
+    """
+
+    node: fx.Node
+    scores: fx.Node
+    dim: int
+    dtype: torch.dtype | None
+    nodes: tuple[fx.Node, ...]
+
+
+def softmax(node: fx.Node) -> Softmax | None:
+    """Read a node as the end of a softmax, or None."""
+    val = value(node)
+    if val is None:
+        return None
+    if op(node) in _OPERATORS:
+        a = arguments(node)
+        dtype = a.get("dtype")
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        return Softmax(node, operand(node), dimension(int(a["dim"]), val.dim()), dtype, (node,))
+    if op(node) in ("div", "mul"):
+        return _by_hand(node, val.dim())
+    if op(node) == "exp" and op(strip(operand(node))) in ("log_softmax", "_log_softmax"):
+        inner = strip(operand(node))
+        dim = dimension(int(arguments(inner)["dim"]), val.dim())
+        return Softmax(node, operand(inner), dim, None, (inner, node))
+    return None
+
+
+def _by_hand(node: fx.Node, rank: int) -> Softmax | None:
+    """exp(x) / sum(exp(x)), with or without subtracting a maximum over the same dimension."""
+    if len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        return None
+    top, bottom = strip_casts(operand(node, 0)), strip_casts(operand(node, 1))
+    nodes: list[fx.Node] = [node, bottom]
+    if op(node) == "mul":
+        if op(bottom) != "reciprocal":
+            return None
+        bottom = strip_casts(operand(bottom))
+        nodes.append(bottom)
+    lifted = op(bottom) == "unsqueeze"
+    total = strip_casts(operand(bottom)) if lifted else bottom
+    nodes.append(total)
+    if op(top) != "exp" or op(total) != "sum" or strip_casts(operand(total)) is not top:
+        return None
+    dim = _reduced(total, rank)
+    if dim is None or (lifted and dimension(int(arguments(bottom)["dim"]), rank) != dim):
+        return None
+    if not lifted and not arguments(total)["keepdim"]:
+        return None
+    nodes.append(top)
+    scores = operand(top)
+    inner = strip(scores)
+    if op(inner) == "sub" and isinstance(inner.args[1], fx.Node):
+        shift = _maximum(strip(inner.args[1]), dim, rank)
+        if shift is not None and strip(operand(shift[-1])) is strip(operand(inner)):
+            nodes.extend([inner, *shift])
+            scores = operand(inner)
+    return Softmax(node, scores, dim, None, tuple(nodes))
+
+
+def _maximum(node: fx.Node, dim: int, rank: int) -> list[fx.Node] | None:
+    """Nodes of a maximum over `dim`, kept as a dimension; the reduction comes last."""
+    chain = [node]
+    if op(node) == "unsqueeze":
+        node = strip(operand(node))
+        chain.append(node)
+    if op(node) == "getitem" and node.args[1] == 0:
+        node = operand(node)
+        chain.append(node)
+    if op(node) not in _MAXIMA or (op(node) == "max" and "dim" not in arguments(node)):
+        return None
+    return chain if _reduced(node, rank) == dim else None
+
+
+def _reduced(node: fx.Node, rank: int) -> int | None:
+    """The single dimension that a reduction reduces, or None."""
+    dims = arguments(node).get("dim")
+    dims = dims if isinstance(dims, list | tuple) else [dims]
+    if len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    return dimension(dims[0], rank)

@@ -1,0 +1,118 @@
+"""The one place that touches unstable torch API. A version test pins what was tried."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+TESTED_TORCH = ((2, 11), (2, 15))
+"""Half-open range of torch (major, minor) versions these calls are written for."""
+
+AUTO = Dim.AUTO
+"""Marks an input dimension whose size export may keep symbolic or fix, as the model demands."""
+
+_ASSERTS = frozenset(
+    {
+        "aten::_assert_tensor_metadata",
+        "aten::_assert_scalar",
+        "aten::_assert_async",
+        "aten::sym_constrain_range",
+        "aten::sym_constrain_range_for_size",
+    }
+)
+
+
+def torch_version() -> tuple[int, int]:
+    """(major, minor) of the running torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def export_program(
+    module: nn.Module, leaves: tuple[torch.Tensor, ...], dims: tuple[Any, ...]
+) -> ExportedProgram:
+    """Export a module whose forward takes `*leaves`; the graph stays undecomposed ATen.
+
+    Raises whatever export raises: the exception types are not part of its API.
+    """
+    return torch.export.export(
+        module, leaves, dynamic_shapes=(dims,) if leaves else None, strict=False
+    )
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Export logs its specialisation decisions as warnings; they are no news to a person here."""
+    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def without_encoder_fast_path() -> Iterator[None]:
+    """Encoder layers of torch bypass their attention module in eval mode unless told not to."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def region_of(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], bool] | None:
+    """(sub-graph attribute node, operands, runs without gradients) of a nested region, or None.
+
+    Regions are the higher-order ops that export makes of no_grad and autocast blocks. Inside an
+    autocast block the casts are already written out, so the region adds nothing to the values.
+    """
+    if node.op != "call_function":
+        return None
+    name = getattr(node.target, "__name__", "")
+    if name == "wrap_with_set_grad_enabled":
+        enabled, body, *operands = node.args
+        return cast(fx.Node, body), cast("tuple[fx.Node, ...]", tuple(operands)), not enabled
+    if name == "wrap_with_autocast":
+        *_, body = node.args[:5]
+        return cast(fx.Node, body), cast("tuple[fx.Node, ...]", tuple(node.args[5:])), False
+    return None
+
+
+def is_assert(node: fx.Node) -> bool:
+    """True for nodes that check something and produce nothing."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name in _ASSERTS
+
+
+def schema_arguments(target: Callable[..., Any]) -> tuple[tuple[str, Any], ...] | None:
+    """(name, default) of each argument of an ATen operator, or None for other callables."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    return tuple(
+        (a.name, a.default_value if a.has_default_value() else None)
+        for a in target._schema.arguments
+    )
+
+
+def operator_name(target: Any) -> str:
+    """'aten::softmax' for torch.ops.aten.softmax.int; '' for what is no ATen operator."""
+    return str(target._schema.name) if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def symbolic_expression(size: int | torch.SymInt) -> sympy.Expr:
+    """The sympy expression of a size."""
+    if isinstance(size, torch.SymInt):
+        return cast(sympy.Expr, size.node.expr)
+    return sympy.Integer(size)
