@@ -1,0 +1,136 @@
+"""Settings of a distillation: a strict document in JSON or YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rewriter.errors import InputError, UsageError
+
+Schedule = Literal["cosine", "linear", "constant"]
+Trained = Literal["core", "lora", "all"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Budget(_Strict):
+    """What every stage needs to know.
+
+    Attributes:
+        steps: optimiser steps, or None to go by time alone.
+        max_seconds: stop when this much training time is spent, whichever limit comes first. Only
+            a run that is limited by steps alone resumes to bit-identical weights.
+        batch: rows of one forward.
+        accumulate: forwards of one optimiser step.
+        lr: learning rate of the new (`core.*`) parameters.
+        schedule: shape of the learning rate after the warm-up.
+        warmup: fraction of the budget over which the learning rate rises from 0.
+        final: fraction of the learning rate that is left at the end.
+        clip: largest gradient norm (per layer where layers train apart), or None.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0)
+    batch: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-2, gt=0)
+    schedule: Schedule = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    final: float = Field(default=0.05, ge=0, le=1)
+    clip: float | None = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _limited(self) -> Budget:
+        if self.steps is None and self.max_seconds is None:
+            raise ValueError("give 'steps' or 'max_seconds'")
+        return self
+
+
+class LayerStage(Budget):
+    """Stage 1: every rewritten module imitates its original on the teacher's own stream."""
+
+
+class LogitStage(Budget):
+    """Stage 2: the whole student imitates the teacher's next-token distribution.
+
+    Attributes:
+        train: 'core' trains the new parameters alone, 'lora' adds low-rank updates of the sites'
+            projections (merged at the end), 'all' trains every parameter.
+        body_lr: learning rate of what is not `core.*`.
+        rank, alpha: of the low-rank updates.
+        ce: weight of the cross-entropy on the text; the Kullback-Leibler term has 1 - ce.
+        chunk: tokens whose logits are held in float32 at once.
+    """
+
+    lr: float = Field(default=1e-3, gt=0)
+    train: Trained = "lora"
+    body_lr: float = Field(default=1e-4, gt=0)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    ce: float = Field(default=0.0, ge=0, le=1)
+    chunk: int = Field(default=256, ge=1)
+
+
+class DistillConfig(_Strict):
+    """A whole distillation.
+
+    Attributes:
+        length: tokens a row.
+        held_out: fraction of the text, from the end, that is never trained on.
+        seed: of the row order and of new low-rank updates.
+        dtype: of the forward and backward passes; trained weights are float32 either way.
+        layers: stage 1, or None to skip it.
+        logits: stage 2, or None to skip it.
+        checkpoint_every: optimiser steps between checkpoints; 0 keeps only the end of each stage.
+    """
+
+    length: int = Field(default=1024, ge=2)
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    layers: LayerStage | None = None
+    logits: LogitStage | None = None
+    checkpoint_every: int = Field(default=50, ge=0)
+
+    @model_validator(mode="after")
+    def _some_stage(self) -> DistillConfig:
+        if self.layers is None and self.logits is None:
+            raise ValueError("give at least one of 'layers' and 'logits'")
+        return self
+
+
+def parse_config(data: Any, name: str = "the distillation config") -> DistillConfig:
+    """Validate a plain document.
+
+    Raises:
+        UsageError: an unknown field or a value out of range; the message names each field.
+    """
+    try:
+        return DistillConfig.model_validate(data)
+    except ValidationError as error:
+        parts = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"]) or "document"
+            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+        raise UsageError(f"{name} is not valid ({'; '.join(parts)}).") from error
+
+
+def load_config(path: str | Path) -> DistillConfig:
+    """Read a config from a JSON or YAML file (JSON is YAML too).
+
+    Raises:
+        InputError: the file is missing or not YAML.
+        UsageError: its content is not a valid config.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The config '{path}' cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The config '{path}' is neither JSON nor YAML ({error}).") from error
+    return parse_config(data, f"'{path}'")

@@ -1,0 +1,141 @@
+"""Private copies to train on, and the way back into the student the caller holds.
+
+The caller's student shares its untouched parameters, and often whole modules, with the teacher.
+Training therefore happens on copies in the compute dtype; at the end only what was trained is
+written back, and a parameter that is shared with the teacher is replaced in the student, never
+changed in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from rewriter.errors import UsageError
+from rewriter.mixers.base import Mixer
+
+CORE = "core"
+
+
+def rewritten_owners(student: nn.Module) -> dict[str, Mixer]:
+    """Paths of the modules whose core is a mixer that is not exact, in module order."""
+    owners: dict[str, Mixer] = {}
+    for path, module in student.named_modules():
+        core = module._modules.get(CORE)
+        if isinstance(core, Mixer) and core.info.tier != "exact":
+            owners[path] = core
+    return owners
+
+
+def core_names(student: nn.Module) -> list[str]:
+    """Names of the new parameters: those of the mixers of all rewritten owners."""
+    names = []
+    for path, core in rewritten_owners(student).items():
+        prefix = f"{path}.{CORE}" if path else CORE
+        names += [f"{prefix}.{name}" for name, _ in core.named_parameters()]
+    return names
+
+
+def private_copy(
+    module: nn.Module,
+    dtype: torch.dtype,
+    tensors: dict[int, torch.Tensor],
+    master: Iterable[str] = (),
+    own: Iterable[str] = (),
+) -> nn.Module:
+    """A frozen copy of `module` that computes in `dtype`.
+
+    Args:
+        dtype: of the copied floating parameters; one that has it already shares its storage.
+            Buffers are shared as they are: rotary frequencies lose too much in bfloat16.
+        tensors: copies by id of the original, so that the copies of a teacher and of a student
+            share the parameters that the originals share. It is extended.
+        master: names of parameters that are copied to float32 instead and stay private.
+        own: names of parameters that are copied to `dtype` and stay private.
+
+    Returns:
+        The copy, in evaluation mode, with no parameter that requires a gradient.
+    """
+    masters, owned = set(master), set(own)
+    for name, parameter in module.named_parameters():
+        if name in masters:
+            data = parameter.detach().to(torch.float32, copy=True)
+        elif id(parameter) in tensors and name not in owned:
+            continue
+        elif parameter.is_floating_point():
+            data = parameter.detach().to(dtype, copy=name in owned)
+        else:
+            data = parameter.detach()
+        tensors[id(parameter)] = nn.Parameter(data, requires_grad=False)
+    for buffer in module.buffers():
+        tensors.setdefault(id(buffer), buffer)
+    memo: dict[int, object] = dict(tensors)
+    out = copy.deepcopy(module, memo)
+    config = getattr(out, "config", None)
+    if config is not None and hasattr(config, "use_cache"):
+        config.use_cache = False
+    return out.eval()
+
+
+def unshare_modules(student: nn.Module, teacher: nn.Module) -> None:
+    """Replace modules that student and teacher both hold by clones with the same parameters.
+
+    After this a parameter can be assigned in the student without the teacher seeing it.
+    """
+    shared = {id(module) for module in teacher.modules()}
+    clones: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> None:
+        for name, child in list(module._modules.items()):
+            if child is None:
+                continue
+            if id(child) in shared:
+                module._modules[name] = child = _clone(child, clones)
+            visit(child)
+
+    if id(student) in shared:
+        raise UsageError("The student is the teacher itself: rewrite the model before distilling.")
+    visit(student)
+
+
+def _clone(module: nn.Module, clones: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in clones:
+        twin = copy.copy(module)
+        twin.__dict__ = dict(module.__dict__)
+        for field in ("_parameters", "_buffers", "_modules"):
+            twin.__dict__[field] = dict(module.__dict__[field])
+        clones[id(module)] = twin
+    return clones[id(module)]
+
+
+def write_core(student: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+    """Copy trained new parameters into the student, in the student's dtypes."""
+    with torch.no_grad():
+        for name, value in trained.items():
+            student.get_parameter(name).copy_(value)
+
+
+def write_body(
+    student: nn.Module, teacher: nn.Module, update: Mapping[str, Callable[[torch.Tensor], object]]
+) -> None:
+    """Give the student its own values of parameters it shares with the teacher.
+
+    Args:
+        update: parameter name -> function from the old float32 value to the new one. A parameter
+            that is tied to others in the student stays tied.
+    """
+    unshare_modules(student, teacher)
+    fresh: dict[int, nn.Parameter] = {}
+    for name, compute in update.items():
+        old = student.get_parameter(name)
+        new = torch.as_tensor(compute(old.detach().float()))
+        fresh[id(old)] = nn.Parameter(
+            new.detach().to(device=old.device, dtype=old.dtype, copy=True), old.requires_grad
+        )
+    for module in student.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in fresh:
+                module._parameters[key] = fresh[id(parameter)]

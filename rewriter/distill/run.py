@@ -1,0 +1,123 @@
+"""The whole distillation: stage 1, stage 2, checkpoints between, results into the student."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rewriter.distill.config import Budget, DistillConfig
+from rewriter.distill.copies import rewritten_owners
+from rewriter.distill.data import Rows
+from rewriter.distill.progress import Reporter, Silent, duration
+from rewriter.distill.resume import Snapshot, latest, save
+from rewriter.distill.stages import MatchLayers, MatchLogits, Stage
+from rewriter.distill.trainer import StageResult, Trainer
+
+STAGE_ORDER = ("layers", "logits")
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What each stage did, in order. A stage that a resumed run had behind it is left out."""
+
+    stages: tuple[StageResult, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    rows: Rows,
+    config: DistillConfig,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = True,
+    reporter: Reporter | None = None,
+) -> DistillResult:
+    """Train the new parts of a student to imitate its teacher.
+
+    The teacher is never changed. The student is changed only at the end of each stage: its
+    `core.*` parameters in place, any other trained parameter by a new one, so that what it shares
+    with the teacher stays as it was. Both stay on the CPU or device they are on.
+
+    Args:
+        teacher: the original model.
+        student: the rewritten model, of the same class and with the same module paths.
+        rows: what to train on (see `data.packed_corpus`).
+        config: stages and budgets.
+        folder: where checkpoints go; None keeps none.
+        resume: go on from the newest checkpoint in `folder`. With budgets in steps alone the
+            result is bit-identical to that of a run that was never interrupted (same machine,
+            same number of threads).
+        reporter: told about progress.
+
+    Raises:
+        UsageError: nothing to train, or a checkpoint of another run.
+        OutputError: a checkpoint cannot be written.
+        DivergedError: the loss is not finite.
+    """
+    report = reporter or Silent()
+    digest = run_digest(teacher, student, rows, config)
+    where = None if folder is None else Path(folder)
+    found = latest(where, digest) if where is not None and resume else None
+    if found is not None:
+        report.message(f"resuming stage '{found.stage}' after step {found.step}")
+
+    def keep(snapshot: Snapshot) -> object:
+        return None if where is None else save(where, snapshot)
+
+    results: list[StageResult] = []
+    with torch.random.fork_rng(devices=[]):
+        for number, name in enumerate(STAGE_ORDER):
+            budget: Budget | None = config.layers if name == "layers" else config.logits
+            if budget is None:
+                continue
+            if found is not None and STAGE_ORDER.index(found.stage) > number:
+                continue  # its result is part of the later stage's snapshot
+            torch.manual_seed(config.seed)
+            stage: Stage
+            if name == "layers":
+                stage = MatchLayers(teacher, student, config)
+            else:
+                stage = MatchLogits(teacher, student, config)
+            trainer = Trainer(
+                rows=rows,
+                seed=config.seed * len(STAGE_ORDER) + number,
+                reporter=report,
+                digest=digest,
+                save=None if where is None else keep,
+                every=config.checkpoint_every,
+            )
+            start = found if found is not None and found.stage == name else None
+            body_lr = 0.0 if config.logits is None else config.logits.body_lr
+            result, values = trainer.run(stage, budget, body_lr, start)
+            stage.write(values, student)
+            results.append(result)
+            report.message(
+                f"stage '{name}': {result.steps} steps, {result.tokens} tokens in "
+                f"{duration(result.seconds)}, loss {result.first:.4f} -> {result.last:.4f}"
+            )
+            del stage, values
+    return DistillResult(tuple(results))
+
+
+def run_digest(teacher: nn.Module, student: nn.Module, rows: Rows, config: DistillConfig) -> str:
+    """Identity of a run: equal digests mean that a checkpoint of one continues the other."""
+    settings = config.model_dump_json(exclude={"checkpoint_every"})
+    hasher = hashlib.sha256(f"{settings} {rows.digest()}".encode())
+    for name, parameter in teacher.named_parameters():
+        head = parameter.detach().flatten()[:256].double().cpu().numpy()
+        hasher.update(f"{name} {tuple(parameter.shape)}".encode())
+        hasher.update(head.tobytes())
+    # Values of the new parameters do not count: a checkpoint brings its own.
+    for path, core in rewritten_owners(student).items():
+        shapes = [(n, tuple(p.shape)) for n, p in core.named_parameters()]
+        hasher.update(f"{path} {core.info.name} {core.options!r} {shapes}".encode())
+    return hasher.hexdigest()[:24]

@@ -1,0 +1,301 @@
+"""What a stage computes: losses and gradients of one batch. The loop is in `trainer`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from rewriter.distill.config import DistillConfig, LogitStage
+from rewriter.distill.copies import (
+    core_names,
+    private_copy,
+    rewritten_owners,
+    write_body,
+    write_core,
+)
+from rewriter.distill.data import Rows
+from rewriter.distill.losses import divergence, output_error
+from rewriter.errors import UsageError
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss of one batch: the number to report, and that of each rewritten module (stage 1)."""
+
+    total: float
+    parts: Mapping[str, float]
+
+
+class Stage(Protocol):
+    """A stage on private copies.
+
+    Attributes:
+        name: 'layers' or 'logits'.
+        core: trained new parameters (float32) by their name in the student.
+        body: other trained parameters, in the compute dtype unless they are new, by name.
+        groups: names that train independently of each other and are clipped together.
+    """
+
+    name: str
+    core: dict[str, nn.Parameter]
+    body: dict[str, nn.Parameter]
+    groups: list[list[str]]
+
+    def backward(self, rows: Rows, scale: float) -> Losses:
+        """Add `scale` times the gradients of one batch to the trained parameters."""
+        ...
+
+    def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
+        """Put trained values into the student the caller holds."""
+        ...
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden states among a module's outputs."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+    raise UsageError("A rewritten module returned no tensor, so its output cannot be matched.")
+
+
+def call(model: nn.Module, rows: Rows) -> Any:
+    if rows.mask is None:
+        return model(input_ids=rows.ids)
+    return model(input_ids=rows.ids, attention_mask=rows.mask)
+
+
+class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure
+    """Every rewritten module has been called: the rest of the teacher's forward is not needed."""
+
+
+class MatchLayers:
+    """Stage 1: every rewritten module imitates its original on the teacher's own stream.
+
+    The teacher runs its ordinary forward. After each original module a hook calls the student's
+    module on the same inputs and runs backward at once, so that the memory of one layer is enough
+    and layers do not disturb each other.
+    """
+
+    name = "layers"
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillConfig):
+        """Args: the models as given (they are not changed) and the settings."""
+        names = core_names(student)
+        if not names:
+            raise UsageError(
+                "No rewritten module has new parameters, so there is nothing to match layer by "
+                "layer: leave out the 'layers' stage or choose a mixer that learns."
+            )
+        dtype = getattr(torch, config.dtype)
+        tensors: dict[int, torch.Tensor] = {}
+        self.teacher = private_copy(teacher, dtype, tensors)
+        self.student = private_copy(student, dtype, tensors, master=names)
+        self.core = {n: self.student.get_parameter(n) for n in names}
+        for parameter in self.core.values():
+            parameter.requires_grad_(True)
+        self.body: dict[str, nn.Parameter] = {}
+        self.owners = {
+            path: self.student.get_submodule(path)
+            for path, core in rewritten_owners(self.student).items()
+            if next(core.parameters(), None) is not None
+        }
+        self.groups = [
+            [n for n in names if n.startswith(f"{path}.core." if path else "core.")]
+            for path in self.owners
+        ]
+        self._calls: int | None = None  # calls of rewritten modules in one forward, once known
+
+    def backward(self, rows: Rows, scale: float) -> Losses:
+        parts: dict[str, float] = {}
+        calls: dict[str, int] = dict.fromkeys(self.owners, 0)
+
+        def hook_for(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                clean = {k: None if k in CACHE_ARGUMENTS else v for k, v in kwargs.items()}
+                with torch.enable_grad():
+                    out = first_tensor(self.owners[path](*args, **clean))
+                    loss = output_error(out, first_tensor(output), rows.mask)
+                    torch.autograd.backward(loss * scale)
+                calls[path] += 1
+                parts[path] = (
+                    parts.get(path, 0.0) + (loss.item() - parts.get(path, 0.0)) / (calls[path])
+                )
+                if self._calls is not None and sum(calls.values()) >= self._calls:
+                    raise _DoneSignal
+
+            return hook
+
+        handles: list[RemovableHandle] = []
+        try:
+            for path in self.owners:
+                original = self.teacher.get_submodule(path)
+                handles.append(original.register_forward_hook(hook_for(path), with_kwargs=True))
+            with torch.no_grad():
+                call(self.teacher, rows)
+        except _DoneSignal:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        silent = [path for path, count in calls.items() if count == 0]
+        if silent:
+            raise UsageError(
+                f"The teacher's forward never called '{silent[0]}', so it cannot be matched: "
+                "leave it out of the policy."
+            )
+        if all(count == 1 for count in calls.values()):
+            self._calls = len(calls)
+        return Losses(sum(parts.values()) / len(parts), parts)
+
+    def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
+        write_core(student, values)
+
+
+class MatchLogits:
+    """Stage 2: the whole student imitates the teacher's distribution over the next token."""
+
+    name = "logits"
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillConfig):
+        """Args: the models as given (they are not changed) and the settings."""
+        assert config.logits is not None
+        self.options: LogitStage = config.logits
+        self._original = teacher
+        names = core_names(student)
+        dtype = getattr(torch, config.dtype)
+        body = []
+        if self.options.train == "all":
+            body = [n for n, p in student.named_parameters() if p.is_floating_point()]
+            body = [n for n in body if n not in set(names)]
+        tensors: dict[int, torch.Tensor] = {}
+        self.teacher = private_copy(teacher, dtype, tensors)
+        self.student = private_copy(student, dtype, tensors, master=names, own=body)
+        self._lora: dict[str, Any] = {}
+        if self.options.train == "lora":
+            self._lora = inject_lora(self.student, self.options, config.seed)
+            body = [n for n, _ in self.student.named_parameters() if ".lora_" in n]
+        if not names and not body:
+            raise UsageError(
+                "Nothing would train: the rewritten modules have no new parameters, so choose "
+                "train 'lora' or 'all' for the 'logits' stage."
+            )
+        self.core = {n: self.student.get_parameter(n) for n in names}
+        self.body = {n: self.student.get_parameter(n) for n in body}
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in self.core or name in self.body)
+        self.groups = [[*self.core, *self.body]]
+
+    def backward(self, rows: Rows, scale: float) -> Losses:
+        with torch.no_grad():
+            target = _logits(call(self.teacher, rows))
+        labels = None
+        if self.options.ce > 0:
+            labels = torch.full_like(rows.ids, -1)
+            labels[:, :-1] = rows.ids[:, 1:]
+            if rows.mask is not None:
+                labels[:, :-1][rows.mask[:, 1:] == 0] = -1
+        loss = divergence(
+            _logits(call(self.student, rows)),
+            target,
+            rows.mask,
+            labels,
+            self.options.ce,
+            self.options.chunk,
+        )
+        torch.autograd.backward(loss * scale)
+        return Losses(loss.item(), {})
+
+    def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
+        write_core(student, {n: values[n] for n in self.core})
+        if self._lora:
+            with torch.no_grad():
+                for name in self.body:
+                    self.body[name].copy_(values[name])
+            update = {
+                f"{path}.weight": _merger(layer.get_delta_weight("default"))
+                for path, layer in self._lora.items()
+            }
+            write_body(student, self._original, update)
+        elif self.body:
+            write_body(student, self._original, {n: _replacer(values[n]) for n in self.body})
+
+
+def _merger(delta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda old: old + delta.detach().float()
+
+
+def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda old: value
+
+
+def _logits(output: Any) -> torch.Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, torch.Tensor):
+        logits = output
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise UsageError(
+            "The model returns no (batch, tokens, vocabulary) logits, so the 'logits' stage cannot "
+            "run: use the 'layers' stage alone."
+        )
+    return logits
+
+
+def site_projections(student: nn.Module) -> list[str]:
+    """Paths of the projection modules of all rewritten sites, in order, each once."""
+    modules = dict(student.named_modules())
+    paths: list[str] = []
+    for owner, core in rewritten_owners(student).items():
+        for projection in (core.site.projections or {}).values():
+            inside = f"{owner}.{projection.module}" if owner else projection.module
+            path = projection.module if projection.module in modules else inside
+            if path in modules and path not in paths:
+                paths.append(path)
+    return paths
+
+
+def inject_lora(student: nn.Module, options: LogitStage, seed: int) -> dict[str, Any]:
+    """Put low-rank updates (float32, starting at zero) on the sites' projections, in place.
+
+    Returns:
+        The adapted layers by path.
+
+    Raises:
+        UsageError: peft is not installed, or no projection was identified.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UsageError(
+            "Training with train 'lora' needs the package 'peft': install attention-rewriter[lora] "
+            "or choose train 'core' or 'all'."
+        ) from error
+    paths = site_projections(student)
+    if not paths:
+        raise UsageError(
+            "No projection of a rewritten site was identified, so there is nothing to put low-rank "
+            "updates on: choose train 'core' or 'all'."
+        )
+    settings = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=0.0,
+        target_modules="|".join(re.escape(path) for path in paths),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, student)
+    for name, parameter in student.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return {path: student.get_submodule(path) for path in paths}
