@@ -160,8 +160,9 @@ def layer_of(cache: Any, index: int, spec: StateSpec) -> MixerCacheLayer:
             f"layer {index}: the cache already holds keys and values of the original model; "
             "start with an empty cache"
         )
-    layers[index] = MixerCacheLayer(spec, found)
-    return layers[index]
+    layer = MixerCacheLayer(spec, found)
+    layers[index] = layer
+    return layer
 
 
 def _checked(layer: MixerCacheLayer, index: int, spec: StateSpec) -> MixerCacheLayer:

@@ -252,4 +252,4 @@ def _group(bias: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(b, h, blocks, size, width) to (b, Hkv | 1, blocks, G | 1, size, width)."""
     if bias.shape[1] == 1:
         return bias.unsqueeze(3)
-    return bias.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    return bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:]).transpose(2, 3)

@@ -90,6 +90,10 @@ class SinkWindow(Mixer):
         keys = sympy.Min(TOKENS, sides * options.window + options.sinks)
         return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
 
+    def test_length(self) -> int:
+        assert isinstance(self.options, SinkWindowOptions)
+        return self.options.window + self.options.sinks + 16
+
     def mix(
         self,
         q: torch.Tensor,

@@ -1,0 +1,155 @@
+"""hedgehog_window: sinks and a sliding window in softmax, all older keys linear, one normaliser.
+
+    o_i = (sum_near e^(s_ij - m_i) v_j + r_h phi(q_i) S_i) / (the same with 1 for v_j)
+
+with near = window and sinks, S_i = sum of phi(k_j) v_j^T over the older keys, m_i the largest near
+logit, phi the Hedgehog map and r_h = exp(c_h) learned per head (catalogue lolcats_hybrid in its
+sliding form, with the sinks kept exact). A key enters S when it leaves the window, so a token step
+equals the full forward. With window >= length it is the teacher exactly, whatever r_h is.
+
+The start. Untrained features are nearly uniform, phi(q).phi(k) is about 2 / feature_dim for every
+pair, so the far mass grows as r_h * 2 N / feature_dim against a near mass of at least 1.
+`initial_log_ratio` puts it far below that, so the untrained student is the window with sinks,
+and the gradient of c_h is proportional to the far mass and not zero.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from pydantic import Field
+from torch import nn
+
+from rewriter.backends.registry import resolve
+from rewriter.ir.kernels import JointWindowLinear, state_of
+from rewriter.ir.site import AttentionSite
+from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State, StateSpec
+from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
+from rewriter.mixers.linear.features import map_pair
+from rewriter.mixers.linear.hedgehog import feature_dim, refuse_map
+
+
+class HedgehogWindowOptions(MixerOptions):
+    """Options.
+
+    `window`: tokens in the window, the query's own included; `sinks`: first tokens kept exact;
+    `feature_dim`: columns of W, None for the head's width; `initial_log_ratio`: c_h at the start.
+    """
+
+    window: int = Field(default=64, ge=1)
+    sinks: int = Field(default=4, ge=0)
+    feature_dim: int | None = Field(default=None, ge=1)
+    initial_log_ratio: float = Field(default=-6.0, ge=-30.0, le=10.0)
+
+
+class HedgehogWindow(Mixer):
+    info = MixerInfo(
+        name="hedgehog_window",
+        family="hybrid",
+        tier="distilled",
+        summary="softmax over window and sinks, linear attention over older keys, one normaliser",
+        maths="o = (sum_near e^(s-m) v + r phi(q) S) / (sum_near e^(s-m) + r phi(q) z)",
+        source="lolcats_hybrid (LoLCATs), sliding form with sinks",
+        directions=frozenset({"causal"}),
+    )
+    Options = HedgehogWindowOptions
+    branches = ("window", "linear")
+
+    def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
+        super().__init__(site, options, layer)
+        assert isinstance(options, HedgehogWindowOptions)
+        self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
+        start = torch.full((site.heads.query,), options.initial_log_ratio)
+        self.log_ratio = nn.Parameter(start)
+
+    @classmethod
+    def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
+        return super().refuse(site, options) or refuse_map(cls.info.name, site, options)
+
+    @classmethod
+    def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
+        return options.model_copy(update={"window": tokens})
+
+    @classmethod
+    def kernel_spec(
+        cls,
+        site: AttentionSite,
+        options: MixerOptions,
+        hidden: frozenset[str] = frozenset(),
+    ) -> JointWindowLinear:
+        assert isinstance(options, HedgehogWindowOptions)
+        return JointWindowLinear(
+            window=options.window,
+            sinks=options.sinks,
+            scale=site.scale,
+            features=2 * feature_dim(site, options),
+            softcap=site.softcap,
+            hidden=hidden,
+        )
+
+    @classmethod
+    def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
+        return state_of(cls.kernel_spec(site, options))
+
+    @classmethod
+    def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        assert isinstance(options, HedgehogWindowOptions)
+        width = feature_dim(site, options)
+        keys = sympy.Min(TOKENS, options.window + options.sinks)
+        near = 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
+        maps = 2 * BATCH * (HEADS + KV_HEADS) * TOKENS * KEY_DIM * width
+        return near + maps + 4 * BATCH * HEADS * TOKENS * 2 * width * (VALUE_DIM + 1)
+
+    def test_length(self) -> int:
+        assert isinstance(self.options, HedgehogWindowOptions)
+        return self.options.window + self.options.sinks + 16
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        valid: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        state: State | None,
+    ) -> tuple[torch.Tensor, State | None]:
+        spec = self.kernel_spec(self.site, self.options, self.disabled)
+        kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
+        ratio = self.log_ratio.float().exp()
+        return kernel.run(  # type: ignore[no-any-return]
+            q, k, v, self.map_q(q), self.map_k, ratio, valid=valid, state=state
+        )
+
+    def weights(
+        self, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention weights in full, (B, H, N, N) float32, for losses and tests.
+
+        Args: q (B, H, N, Dk), k (B, Hkv, N, Dk), valid (B, N) bool or None.
+        """
+        assert isinstance(self.options, HedgehogWindowOptions)
+        n, group = k.shape[-2], self.site.heads.group
+        if valid is None:
+            valid = torch.ones(k.shape[0], n, dtype=torch.bool, device=k.device)
+        at = torch.arange(n, device=k.device)
+        distance = at[:, None] - at
+        sink = valid & (valid.long().cumsum(-1) <= self.options.sinks)
+        seen = (valid[:, None, :] & (distance >= 0))[:, None]
+        close = seen & ((distance < self.options.window) | sink[:, None, None, :])
+
+        logits = q.float() @ k.float().repeat_interleave(group, 1).transpose(-1, -2)
+        logits = logits * self.site.scale
+        if self.site.softcap is not None:
+            logits = self.site.softcap * torch.tanh(logits / self.site.softcap)
+        logits = logits.masked_fill(~close, -torch.inf)
+        top = logits.amax(-1, keepdim=True)
+        near = (logits - torch.where(top == -torch.inf, 0.0, top)).exp()
+        keys = self.map_k(k).repeat_interleave(group, 1)
+        far = (self.map_q(q) @ keys.transpose(-1, -2)).masked_fill(~(seen & ~close), 0.0)
+        far = far * self.log_ratio.float().exp()[None, :, None, None]
+        weight = far if "window" in self.disabled else near
+        if not self.disabled:
+            weight = near + far
+        mass = weight.sum(-1, keepdim=True)
+        return weight / torch.where(mass > 0, mass, 1.0)

@@ -1,0 +1,59 @@
+"""The Hedgehog feature map: phi(x) = [softmax(x W); softmax(-x W)], learned per head.
+
+Both halves are softmaxes over the features, so the features are positive and bounded by 1, and no
+exponent is positive. Other published forms (a raw exponential, one softmax over both halves)
+differ from this one and their weights do not fit it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from rewriter.ir.site import AttentionSite
+
+FLOOR = 1e-12
+
+
+class HedgehogMap(nn.Module):
+    """phi for each head, on inputs multiplied by a constant.
+
+    Starts at the identity (its first columns if there are fewer features than channels), from
+    which distillation moves it.
+    """
+
+    def __init__(self, heads: int, width: int, features: int, factor: float) -> None:
+        """Args: heads, channels of a head, columns of W (half the features), input factor."""
+        super().__init__()
+        self.factor = factor
+        self.weight = nn.Parameter(torch.eye(width, features).repeat(heads, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, heads, n, width) to (B, heads, n, 2 * features), float32, at least `FLOOR`."""
+        x = (x.float() * self.factor) @ self.weight.float()
+        return torch.cat((x.softmax(-1), (-x).softmax(-1)), -1).clamp_min(FLOOR)
+
+
+def input_factors(site: AttentionSite) -> tuple[float, float]:
+    """Factors for q and k whose product is the site's scale, evenly shared.
+
+    A scale that the graph applied to q before the core is taken into account, so that q and k
+    reach the map at the same size.
+    """
+    total = site.scale * site.prescaled
+    if total <= 0.0:  # no even share exists
+        return site.scale, 1.0
+    root = math.sqrt(total)
+    return root / site.prescaled, root
+
+
+def map_pair(site: AttentionSite, features: int) -> tuple[HedgehogMap, HedgehogMap]:
+    """Maps for queries (one per query head) and keys (one per key/value head)."""
+    for_q, for_k = input_factors(site)
+    heads = site.heads
+    return (
+        HedgehogMap(heads.query, heads.key_dim, features, for_q),
+        HedgehogMap(heads.key_value, heads.key_dim, features, for_k),
+    )
