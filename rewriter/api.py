@@ -138,7 +138,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def attach(model: M, record: Record) -> M:
-    """Give a rewritten model its record and a `save_pretrained` that writes a guarded checkpoint."""
+    """Give a rewritten model its record, and a `save_pretrained` that guards its checkpoint."""
     model.__dict__[RECORD] = record
     if hasattr(model, "save_pretrained"):
         model.__dict__["save_pretrained"] = types.MethodType(_save_pretrained, model)

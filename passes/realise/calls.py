@@ -54,8 +54,11 @@ def _text(path: Path) -> str:
 class Signature:
     """Reads calls of one forward signature into named leaves."""
 
-    def __init__(self, forward: Any):
-        self.signature = inspect.signature(forward)
+    def __init__(self, forward: Any, method: bool = False):
+        """Args: a bound forward, or with `method=True` the function of a class."""
+        signature = inspect.signature(forward)
+        names = list(signature.parameters.values())
+        self.signature = signature.replace(parameters=names[1:] if method else names)
         kinds = [p.kind for p in self.signature.parameters.values()]
         self.variadic = inspect.Parameter.VAR_POSITIONAL in kinds
         self.rest = next(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from rewriter.passes.capture import Captured, module_path
+from rewriter.passes.capture import Captured
 from rewriter.passes.match.result import CoreNodes
+from rewriter.passes.provenance import module_path, module_stack
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def child_calls(captured: Captured, core: CoreNodes) -> dict[Node, ChildCall]:
 
 
 def _single(path: str, nodes: list[Node], captured: Captured) -> ChildCall | None:
+    if len({call for node in nodes for p, call in module_stack(node) if p == path}) != 1:
+        return None
     members = set(nodes)
     known = {*captured.parameters, *captured.constants}
     inputs: list[Node] = []

@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx import Graph, Node
 
 from rewriter.passes.capture import Captured
-from rewriter.passes.match.result import Match
+from rewriter.passes.match.result import CoreNodes, Match
 from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
 
@@ -53,22 +53,27 @@ class Emission:
     dropped: tuple[str, ...]
 
 
-def emit(captured: Captured, match: Match, weights: bool) -> Emission:
+def emit(captured: Captured, match: Match, weights: bool, terms: int) -> Emission:
     """Generate the code of one owner with its core replaced.
 
     Args:
         captured: the owner alone.
         match: the one core found in it.
         weights: the new core returns attention weights too (only the exact core does).
+        terms: how many mask and bias tensors the site has; those absent in this call are None.
 
     Raises:
         EmissionError: the graph around the core needs something the new core does not give.
     """
-    return _Emitter(captured, match, weights).build()
+    present = len(match.nodes.terms)
+    if present not in (0, terms):
+        raise EmissionError(f"{present} of {terms} mask and bias tensors are present in this call")
+    return _Emitter(captured, match, weights, terms).build()
 
 
 class _Emitter:
-    def __init__(self, captured: Captured, match: Match, weights: bool):
+    def __init__(self, captured: Captured, match: Match, weights: bool, terms: int):
+        self.terms = terms
         self.captured = captured
         self.match = match
         self.weights = weights
@@ -77,6 +82,7 @@ class _Emitter:
         self.attributes: dict[str, Node] = {}
         self.sizes: dict[Any, Node] = {}
         self.dropped: list[str] = []
+        self.weight_nodes: set[Node] = set()
         self.without_weights: set[Node] = set()
 
     def build(self) -> Emission:
@@ -90,11 +96,12 @@ class _Emitter:
             self.new[node] = self.graph.placeholder(node.name)
         self._root_sizes(tensors)
         children = child_calls(self.captured, self.match.nodes)
-        if not self.weights and self.match.nodes.weights is not None:
-            self.without_weights = _downstream(self.match.nodes.weights.node, self.match.nodes)
+        self.weight_nodes = _weight_nodes(self.match.nodes)
+        if not self.weights:
+            self.without_weights = _downstream(self.weight_nodes, self.match.nodes)
         for node in nodes:
             self._emit(node, children, cache)
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(is_impure_node=_has_effect)
         self.graph.lint()
         names = tuple(n.name for n in tensors)
         code = self.graph.python_code("self")
@@ -177,7 +184,7 @@ class _Emitter:
                     self.graph, source, operand.layout, order, site.heads, channels, tokens
                 )
             )
-        terms = []
+        terms: list[Any] = [] if core.terms else [None] * self.terms
         for term in core.terms:
             value = self._arg(term.node)
             folded = any(len(dim) > 1 for dim in term.layout.dims)
@@ -196,7 +203,8 @@ class _Emitter:
             weights = self.graph.call_function(operator.getitem, (call, 1))
             if any(len(dim) > 1 for dim in core.weights.layout.dims):
                 weights = self.graph.call_method("flatten", (weights, 0, 1))
-            self.new[core.weights.node] = weights
+            for node in self.weight_nodes:
+                self.new[node] = weights
 
     def _tokens(self) -> Any:
         query = self.match.nodes.query
@@ -234,6 +242,13 @@ class _Emitter:
         raise EmissionError(f"node '{arg.name}' is used outside the core but belongs to it")
 
 
+def _has_effect(node: Node) -> bool:
+    """Nodes that dead-code elimination must keep: the core (it fills a cache) and writes."""
+    schema = getattr(node.target, "_schema", None)
+    writes = schema is not None and schema.is_mutable
+    return node.op in ("placeholder", "output") or writes or node.meta.get("rule") == RULE
+
+
 def _is_check(node: Node) -> bool:
     name = str(node.target)
     return node.op == "call_module" or "_assert" in name or "sym_constrain" in name
@@ -250,10 +265,24 @@ def _ancestors(node: Node) -> set[Node]:
     return seen
 
 
-def _downstream(node: Node, core: Any) -> set[Node]:
-    """Nodes outside the core that depend on the attention weights."""
-    seen = {node}
-    stack = [node]
+def _weight_nodes(core: CoreNodes) -> set[Node]:
+    """The attention weights inside the core, before and after casts and dropout."""
+    if core.weights is None:
+        return set()
+    seen = {core.weights.node}
+    stack = [core.weights.node]
+    while stack:
+        for user in stack.pop().users:
+            if user in core.region and user is not core.output.node and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def _downstream(weights: set[Node], core: CoreNodes) -> set[Node]:
+    """The attention weights and the nodes outside the core that depend on them."""
+    seen = set(weights)
+    stack = list(weights)
     while stack:
         for user in stack.pop().users:
             if user not in seen and user not in core.region and user.op != "output":

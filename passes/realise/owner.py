@@ -20,7 +20,14 @@ from rewriter.errors import VerificationError
 from rewriter.ir.site import AttentionSite, NearMiss
 from rewriter.passes.capture import capture
 from rewriter.passes.match import match
-from rewriter.passes.realise.calls import Path, Pattern, Signature, map_leaves, read
+from rewriter.passes.realise.calls import (
+    TENSOR,
+    Path,
+    Pattern,
+    Signature,
+    map_leaves,
+    read,
+)
 from rewriter.passes.realise.emit import Emission, EmissionError, emit
 from rewriter.passes.realise.sizes import SizeBook
 
@@ -73,7 +80,7 @@ class OwnerState:
 
 
 def _owner_state(site: Mapping[str, Any], cache: EmissionCache) -> OwnerState:
-    return OwnerState(AttentionSite.from_json(site), Signature(cache.base.forward), cache)
+    return OwnerState(AttentionSite.from_json(site), Signature(cache.base.forward, method=True), cache)
 
 
 class ReEmitted(nn.Module):
@@ -156,13 +163,22 @@ def trace(
     if difference is not None:
         raise VerificationError(f"tracing {where} gave another attention: {difference}")
     try:
-        emission = emit(captured, found.matches[0], pattern.weights)
+        emission = emit(captured, found.matches[0], pattern.weights, len(site.terms))
     except EmissionError as error:
         raise VerificationError(f"cannot re-emit {where}: {error}") from None
     _, structure = pytree.tree_flatten(live)
-    by_text = {".".join(map(str, path)): path for path in tensors}
+    by_text = _argument_paths(pattern)
     paths = tuple(by_text[input_path(captured.inputs[name])] for name in emission.tensors)
     return Traced(emission, paths, structure, state.cache.cache_outputs)
+
+
+def _argument_paths(pattern: Pattern) -> dict[str, Path]:
+    """Dotted path of every tensor leaf -> path of the leaf that holds it first."""
+    return {
+        ".".join(map(str, leaf.path)): pattern.leaves[leaf.key].path if leaf.key != "" else leaf.path
+        for leaf in pattern.leaves
+        if leaf.kind == TENSOR
+    }
 
 
 def input_path(path: str) -> str:
@@ -202,6 +218,6 @@ def make_owner(
 ) -> None:
     """Turn `owner` in place into its re-emitted form with `core` as a child."""
     base = type(owner)
-    owner.__dict__[STATE] = OwnerState(site, Signature(base.forward), cache)
+    owner.__dict__[STATE] = OwnerState(site, Signature(base.forward, method=True), cache)
     owner.__class__ = subclass_of(base)
     owner.core = core

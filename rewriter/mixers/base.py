@@ -69,11 +69,13 @@ class Mixer(nn.Module):
         info: description.
         Options: validated options.
         branches: names of the parts that can be switched off for ablation (contract 9).
+        provides_weights: `forward` can return attention weights (only exact mixers can).
     """
 
     info: ClassVar[MixerInfo]
     Options: ClassVar[type[MixerOptions]]
     branches: ClassVar[tuple[str, ...]] = ()
+    provides_weights: ClassVar[bool] = False
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         """Args: the site, validated options, and the layer's index in the cache, if it has one."""

@@ -42,6 +42,7 @@ class Keep(Mixer):
         directions=frozenset({"causal", "bidirectional"}),
     )
     Options = KeepOptions
+    provides_weights = True
 
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
