@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from rewriter.backends.reference.far import normalise, scan, with_ones
-from rewriter.backends.reference.near import Near, attend, next_state
+from rewriter.backends.reference.near import Context, attend, next_state
 from rewriter.backends.reference.precision import full_precision
+from rewriter.backends.reference.step import attend_one, serves
 from rewriter.ir.kernels import JointWindowLinear, WindowAttention
 from rewriter.ir.state import State
 
@@ -47,29 +48,39 @@ def joint_window_linear(
     near_spec = WindowAttention(spec.window, spec.sinks, True, spec.scale, spec.softcap)
     n = q.shape[-2]
     with full_precision(q.device):
-        near = attend(near_spec, q, k, v, valid=valid, bias=None, state=state, top_gradient=True)
-        mass = torch.cat((near.numerator, near.denominator), -1)
+        if state is not None and serves(near_spec, n, None, state):
+            step = attend_one(near_spec, q, k, v, valid, state)
+            mass, context = step.masses(), step.context
+        else:
+            near = attend(
+                near_spec, q, k, v, valid=valid, bias=None, state=state, top_gradient=True
+            )
+            mass, context = torch.cat((near.numerator, near.denominator), -1), near.context
         if "window" in spec.hidden:
             mass = torch.zeros_like(mass)
         after: State | None = None
         # Without a state nothing leaves a window that is at least as long as the sequence.
         if state is not None or n > spec.window:
-            leaving = key_features(near.keys[:, :, :n])
-            values = with_ones(near.values[:, :, :n], _far_keys(spec, near, state, n))
+            leaving = key_features(context.keys[:, :, :n])
+            values = with_ones(context.values[:, :, :n], _far_keys(spec, context, state, n))
             start = None if state is None else state["far"]
             read, end = scan(fq, leaving, values, start, inclusive=False)
             if "linear" not in spec.hidden:
                 mass = mass + ratio.float()[None, :, None, None] * read
             if state is not None:
-                after = {**next_state(near_spec, near, state, n), "far": end}
+                after = {**next_state(near_spec, context, state, n), "far": end}
         return normalise(mass).to(v.dtype), after
 
 
-def _far_keys(spec: JointWindowLinear, near: Near, state: State | None, n: int) -> torch.Tensor:
+def _far_keys(
+    spec: JointWindowLinear, context: Context, state: State | None, n: int
+) -> torch.Tensor:
     """(B | 1, n) bool: keys leaving the window that are valid and not sinks."""
-    first = 1 - spec.window
-    seen = state["seen"] if state is not None else near.sinks.at.new_zeros(1)
-    at = (seen + first)[:, None] + torch.arange(n, device=seen.device)
-    sunk = (at[:, :, None] == near.sinks.at[:, None, :]).any(-1)
+    sinks = context.sinks.at
+    seen = state["seen"] if state is not None else sinks.new_zeros(1)
+    at = (seen + (1 - spec.window))[:, None]
+    if n > 1:
+        at = at + torch.arange(n, device=at.device)
+    sunk = (at[:, :, None] == sinks[:, None, :]).any(-1)
     # Slots before the first token have negative positions and are invalid, like empty sinks (-1).
-    return near.valid[:, :n] & ~sunk
+    return context.valid[:, :n] & ~sunk

@@ -20,25 +20,36 @@ from rewriter.ir.state import State
 
 
 @dataclass(frozen=True)
-class Near:
-    """Result of the near part, before any normalisation.
+class Context:
+    """What the near part looked at.
 
     Attributes:
-        top: (B, H, n, 1), largest near logit of each query, 0 where it sees no near key.
-        numerator: (B, H, n, Dv), sum of exp(logit - top) v, float32.
-        denominator: (B, H, n, 1), sum of exp(logit - top), float32.
         keys, values: (B, Hkv, left + n, D), the context before the new tokens, then these.
         valid: (B | 1, left + n), which of them are real tokens.
         sinks: the sinks after the new tokens.
     """
 
-    top: torch.Tensor
-    numerator: torch.Tensor
-    denominator: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     valid: torch.Tensor
     sinks: Sinks
+
+
+@dataclass(frozen=True)
+class Near:
+    """Result of the near part, before any normalisation.
+
+    Attributes:
+        numerator: (B, H, n, Dv), sum of exp(logit - top) v, float32.
+        denominator: (B, H, n, 1), sum of exp(logit - top), float32.
+        context: keys and values it was computed from.
+
+    `top` is the largest near logit of a query, 0 where it sees no near key.
+    """
+
+    numerator: torch.Tensor
+    denominator: torch.Tensor
+    context: Context
 
 
 @dataclass(frozen=True)
@@ -130,12 +141,11 @@ def attend(
         x = x.view(B, Hkv, nb, G, C, width).transpose(2, 3)
         return x.reshape(B, H, nb * C, width)[:, :, :n]
 
-    return Near(
-        heads(top, 1), heads(numerator, Dv), heads(denominator, 1), keys, values, key_valid, sinks
-    )
+    context = Context(keys, values, key_valid, sinks)
+    return Near(heads(numerator, Dv), heads(denominator, 1), context)
 
 
-def next_state(spec: WindowAttention, near: Near, state: State, n: int) -> State:
+def next_state(spec: WindowAttention, near: Context, state: State, n: int) -> State:
     """The near state after n new tokens; the last window - 1 keys stay."""
 
     def last(x: torch.Tensor, axis: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from rewriter.backends.reference.near import attend, next_state
 from rewriter.backends.reference.precision import full_precision
+from rewriter.backends.reference.step import attend_one, serves
 from rewriter.ir.kernels import WindowAttention
 from rewriter.ir.state import State
 
@@ -33,9 +34,15 @@ def window_attention(
     Returns:
         (B, H, n, Dv) in the dtype of v, zero where a query sees no key, and the new state.
     """
+    n = q.shape[-2]
+    if state is not None and serves(spec, n, bias, state):
+        with full_precision(q.device):
+            step = attend_one(spec, q, k, v, valid, state)
+            out = step.softmax()
+        return out.to(v.dtype), next_state(spec, step.context, state, n)
     with full_precision(q.device):
         near = attend(spec, q, k, v, valid=valid, bias=bias, state=state)
         mass = near.denominator
         out = near.numerator / torch.where(mass > 0, mass, 1.0)
-    after = None if state is None else next_state(spec, near, state, q.shape[-2])
+    after = None if state is None else next_state(spec, near.context, state, n)
     return out.to(v.dtype), after
