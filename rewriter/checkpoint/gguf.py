@@ -1,0 +1,92 @@
+"""GGUF files, read through transformers and de-quantised. Needs the `gguf` extra."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+
+from rewriter.checkpoint.architecture import causal_lm_class
+from rewriter.checkpoint.gguf_header import scan
+from rewriter.checkpoint.quiet import quiet, reason
+from rewriter.errors import InputError
+
+MAGIC = b"GGUF"
+
+
+def check(path: Path) -> None:
+    """Is this a complete GGUF file, and can it be read here?
+
+    Raises:
+        InputError: the extra is not installed, or the file is truncated, corrupt or no GGUF file.
+    """
+    missing = [n for n in ("gguf", "accelerate") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise InputError(
+            f"reading {path} needs {' and '.join(missing)}: pip install attention-rewriter[gguf]"
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if head != MAGIC:
+        raise InputError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
+    from gguf.constants import GGML_QUANT_SIZES  # an optional dependency
+
+    scan(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The config in the file's metadata. Raises InputError if its architecture is not supported."""
+    return _guarded(path, "config", AutoConfig)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer in the file's metadata. Raises InputError if there is none."""
+    return _guarded(path, "tokenizer", AutoTokenizer)
+
+
+def read_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """The de-quantised model and transformers' record of what was loaded.
+
+    Raises:
+        InputError: the architecture is not supported or the tensors do not fit it.
+    """
+    cls: type[PreTrainedModel] | None = causal_lm_class(config)
+    if cls is None:
+        raise InputError(
+            f"{path}: the architecture '{config.model_type}' is no causal language model, and no "
+            "other is read from GGUF; start from its Hugging Face checkpoint"
+        )
+    try:
+        with quiet():
+            model, info = cls.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype if dtype is not None else "auto",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise InputError(f"cannot load {path}: {reason(error)}") from None
+    # The weights are plain tensors now; these two would make every later save refuse.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config.architectures = [type(model).__name__]
+    return model, info
+
+
+def _guarded(path: Path, what: str, auto: Any) -> Any:
+    try:
+        with quiet():
+            return auto.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise InputError(f"cannot read the {what} in {path}: {reason(error)}") from None
