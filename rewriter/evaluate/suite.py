@@ -1,0 +1,115 @@
+"""The usual set of metrics of a causal language model in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.errors import UsageError
+from rewriter.evaluate.ablation import NOTHING, branches_of, without_branch
+from rewriter.evaluate.measurement import Measurement
+from rewriter.evaluate.quality import copy_perplexity, passkey, perplexity, teacher_gap
+
+METRICS = ("perplexity", "copy", "passkey", "teacher")
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """How much to measure.
+
+    Attributes:
+        metrics: any of 'perplexity', 'copy', 'passkey', 'teacher' (KL and top-1 agreement).
+        rows: token rows used for perplexity and the teacher gap.
+        second_half: score perplexity on the second half of each row only.
+        copy_samples, copy_passage, copy_gap: see `copy_perplexity`.
+        passkey_lengths, passkey_samples: see `passkey`.
+        batch: rows of one forward.
+        seed: of the samples.
+    """
+
+    metrics: tuple[str, ...] = METRICS
+    rows: int = 4
+    second_half: bool = True
+    copy_samples: int = 6
+    copy_passage: int = 200
+    copy_gap: int = 700
+    passkey_lengths: tuple[int, ...] = (256, 512, 1024)
+    passkey_samples: int = 2
+    batch: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in METRICS:
+                raise UsageError(f"There is no metric '{name}': choose among {', '.join(METRICS)}.")
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: torch.Tensor,
+    *,
+    teacher: nn.Module | None = None,
+    options: SuiteOptions | None = None,
+) -> dict[str, Measurement]:
+    """Measure one model.
+
+    Args:
+        rows: (rows, N) int64 held-out token rows; copy perplexity takes its passages from them.
+        teacher: for KL and top-1 agreement, which are left out without it.
+    """
+    chosen = options or SuiteOptions()
+    used = rows[: chosen.rows]
+    out: list[Measurement] = []
+    if "perplexity" in chosen.metrics:
+        start = rows.shape[1] // 2 if chosen.second_half else 1
+        out.append(perplexity(model, used, batch=chosen.batch, start=start))
+    if "copy" in chosen.metrics:
+        out.append(
+            copy_perplexity(
+                model,
+                rows.flatten(),
+                samples=chosen.copy_samples,
+                passage=chosen.copy_passage,
+                gap=chosen.copy_gap,
+                seed=chosen.seed,
+                batch=chosen.batch,
+            )
+        )
+    if "passkey" in chosen.metrics:
+        out.append(
+            passkey(
+                model,
+                tokenizer,
+                lengths=chosen.passkey_lengths,
+                samples=chosen.passkey_samples,
+                seed=chosen.seed,
+            )
+        )
+    if "teacher" in chosen.metrics and teacher is not None:
+        gap = teacher_gap(model, teacher, used, batch=chosen.batch)
+        out += [gap.kl, gap.top1]
+    return {measured.name: measured for measured in out}
+
+
+def measure_branches(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: torch.Tensor,
+    *,
+    options: SuiteOptions | None = None,
+    whole: dict[str, Measurement] | None = None,
+) -> dict[str, dict[str, Measurement]]:
+    """`measure` with each branch of the mixers switched off model-wide.
+
+    Args:
+        whole: measurements of the same model with nothing switched off, if they exist already.
+    """
+    out = {NOTHING: whole or measure(model, tokenizer, rows, options=options)}
+    for branch in branches_of(model):
+        with without_branch(model, branch):
+            out[branch] = measure(model, tokenizer, rows, options=options)
+    return out
