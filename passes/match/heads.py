@@ -182,7 +182,7 @@ def _windows_are_batch(
 
 
 def _pick(entries: tuple[Entry, ...], roles: _Roles, side: Side, axes: Axes) -> int | None:
-    """The entry nearest to the contraction in canonical layout, else with tokens before channels."""
+    """Nearest entry to the contraction in canonical layout, else with tokens before channels."""
     wanted = {"query": roles.head}.get(side, roles.kv)
     channel = roles.value_channel if side == "value" else roles.channel
     token = roles.query if side == "query" else roles.key

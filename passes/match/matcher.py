@@ -1,4 +1,4 @@
-"""Find every attention block of a captured graph: anchor on softmax, peel outward, name the parts."""
+"""Find every attention block of a captured graph: anchor on softmax, peel outward, name parts."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import fx
 
@@ -147,10 +148,10 @@ def _sub(walk: _Walk, node: fx.Node) -> Refusal | None:
     shift = strip(node.args[1]) if isinstance(node.args[1], fx.Node) else None
     if shift is not None and op(shift) == "getitem":
         shift = operand(shift)
-    if shift is not None and op(shift) in ("amax", "max"):
-        if strip(operand(shift)) is strip(operand(node)):
-            walk.node = operand(node)
-            return None
+    maximum = shift is not None and op(shift) in ("amax", "max")
+    if maximum and strip(operand(cast(fx.Node, shift))) is strip(operand(node)):
+        walk.node = operand(node)
+        return None
     return Refusal("something is subtracted from the scores", node)
 
 
