@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewriter.errors import UsageError
+from rewriter.errors import UnsupportedError, UsageError
 
 BATCH, LENGTH = 2, 13
 
@@ -61,6 +61,11 @@ def examples_for(model: nn.Module, given: Any = None) -> Examples:
         return _from_given(model, given)
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            "encoder-decoder models are not supported yet: their cross attention and cache are "
+            "not understood; rewrite the encoder alone, with example_inputs"
+        )
     parameters = _parameters(model)
     if config is not None and main in ("input_ids",) and getattr(config, "vocab_size", 0):
         return _for_tokens(model, int(config.vocab_size), parameters)
@@ -107,12 +112,11 @@ def _for_tokens(model: nn.Module, vocabulary: int, parameters: frozenset[str]) -
         variants["left padding"] = call(3, 17, "left")
         variants["right padding"] = call(3, 17, "right")
     cached = "past_key_values" in parameters and "use_cache" in parameters
-    is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return Examples(
         primary=call(BATCH, LENGTH, unpadded),
         resized=call(BATCH + 1, LENGTH + 4, unpadded),
         variants=variants,
-        cached=cached and is_decoder and _fills_a_cache(model),
+        cached=cached and _fills_a_cache(model),
         padded="attention_mask" if has_mask else None,
         tokens="input_ids",
         vocabulary=vocabulary,
