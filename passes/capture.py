@@ -199,12 +199,21 @@ def _refusal(module: nn.Module, error: Exception) -> NearMiss:
     source = Source("forward")
     trace: TracebackType | None = error.__traceback__
     while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in paths:
-            file = trace.tb_frame.f_code.co_filename
-            if trace.tb_frame.f_code.co_name == "forward":
-                source = Source("forward", paths[id(owner)], file, trace.tb_lineno)
+        code = trace.tb_frame.f_code
+        first = code.co_varnames[0] if code.co_argcount else ""
+        owner = trace.tb_frame.f_locals.get(first)
+        if isinstance(owner, nn.Module) and id(owner) in paths and code.co_name == "forward":
+            source = Source("forward", paths[id(owner)], code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     text = str(error).strip().splitlines()
     reason = f"the module cannot be traced: {type(error).__name__}: {text[0] if text else ''}"
     return NearMiss("capture", reason, source)
+
+
+def find_softmax_modules(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """Innermost modules that run a softmax, found without tracing (see `passes.locate`)."""
+    from rewriter.passes.locate import find_softmax_modules as find
+
+    return find(module, args, kwargs)

@@ -50,15 +50,12 @@ def export_program(
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """Export logs its specialisation decisions as warnings; they are no news to a person here."""
-    loggers = [logging.getLogger(name) for name in ("torch._export", "torch.export")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 @contextmanager
