@@ -80,9 +80,9 @@ def directory(target: Path, overwrite: bool = False, needed_bytes: int = 0) -> I
         try:
             if target.parent.is_dir():
                 _repair(target)
+                _remove_stale(target)
             _check_target(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(target)
             _check_space(target, needed_bytes)
             partial.mkdir()
             lock = _lock(partial)

@@ -127,8 +127,12 @@ class Plan(_Strict):
             plan = cls.model_validate(data)
         except ValidationError as error:
             raise explain(error, document, cls) from None
+        known: dict[str, targets.Target | targets.TargetProblem] = {}  # most sites are alike
         for number, decision in enumerate(plan.decisions):
-            problem = targets.resolve(decision.target, decision.options)
+            key = json.dumps([decision.target, decision.options], default=str)
+            if key not in known:
+                known[key] = targets.resolve(decision.target, decision.options)
+            problem = known[key]
             if isinstance(problem, targets.TargetProblem):
                 path = ("target",) if problem.location == ("use",) else problem.location
                 place = document.where(("decisions", number, *path), key=problem.at_key)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
 
 from rewriter import targets
-from rewriter.documents import Document, did_you_mean, explain, parse, read_text
+from rewriter.documents import Document, Location, did_you_mean, explain, parse, read_text
 from rewriter.errors import NoSiteError, UsageError
 from rewriter.ir.site import AttentionSite, NearMiss, PositionKind
 from rewriter.plan import Decision, Plan, tool_version
@@ -164,7 +164,7 @@ def make_plan(
         UsageError: the policy names a layer or module that the model does not have, an unknown
             mixer, or options that the mixer does not accept.
     """
-    _check_targets(policy, Document("policy", None))
+    resolved = _check_targets(policy, Document("policy", None))
     if len(sites) < policy.minimum_sites:
         raise NoSiteError(_too_few(policy, sites, misses))
     for number, rule in enumerate(policy.rules):
@@ -172,7 +172,7 @@ def make_plan(
     return Plan(
         policy=policy.name,
         tool=tool_version(),
-        decisions=[_decide(policy, site, len(sites)) for site in sites],
+        decisions=[_decide(policy, resolved, site, len(sites)) for site in sites],
         misses=[miss.describe() for miss in misses],
     )
 
@@ -211,16 +211,20 @@ def _check_selector(selector: LayerSelector) -> None:
     chosen(selector, 1)
 
 
-def _check_targets(policy: Policy, document: Document) -> None:
-    wanted = [(("rules", i), rule.use, rule.options) for i, rule in enumerate(policy.rules)]
-    for base, name, options in wanted:
-        problem = targets.resolve(name, options)
-        if isinstance(problem, targets.TargetProblem):
-            place = document.where((*base, *problem.location), key=problem.at_key)
-            raise UsageError(f"{place}: {problem.message}")
-    default = targets.resolve(policy.default, {})
-    if isinstance(default, targets.TargetProblem):
-        raise UsageError(f"{document.where(('default',))}: {default.message}")
+def _check_targets(policy: Policy, document: Document) -> list[targets.Target]:
+    """The target of each rule, and last that of the default."""
+    wanted: list[tuple[Location, str, Mapping[str, Any]]] = [
+        (("rules", i), rule.use, rule.options) for i, rule in enumerate(policy.rules)
+    ]
+    out = []
+    for base, name, options in [*wanted, ((), policy.default, {})]:
+        target = targets.resolve(name, options)
+        if isinstance(target, targets.TargetProblem):
+            location = (*base, *target.location) if base else ("default",)
+            place = document.where(location, key=target.at_key and bool(base))
+            raise UsageError(f"{place}: {target.message}")
+        out.append(target)
+    return out
 
 
 def _check_reach(number: int, rule: Rule, sites: Sequence[AttentionSite]) -> None:
@@ -243,15 +247,15 @@ def _check_reach(number: int, rule: Rule, sites: Sequence[AttentionSite]) -> Non
             )
 
 
-def _decide(policy: Policy, site: AttentionSite, count: int) -> Decision:
-    name, options, text = policy.default, {}, "default"
+def _decide(
+    policy: Policy, resolved: Sequence[targets.Target], site: AttentionSite, count: int
+) -> Decision:
+    name, target, text = policy.default, resolved[-1], "default"
     for number, rule in enumerate(policy.rules):
         if rule.selects(site, count):
-            name, options = rule.use, rule.options
+            name, target = rule.use, resolved[number]
             text = f"rule {number + 1} ({rule.describe()})"
             break
-    target = targets.resolve(name, options)
-    assert isinstance(target, targets.Target)  # checked before any site was looked at
     reason = target.mixer.refuse(site, target.options)
     return Decision(
         fqn=site.fqn,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rewriter.documents import Location, did_you_mean, fields_at
+from rewriter.errors import UsageError
 
 if TYPE_CHECKING:
     from rewriter.mixers.base import Mixer, MixerOptions
@@ -39,9 +40,9 @@ class TargetProblem:
 
 
 def names() -> tuple[str, ...]:
-    """Names of all mixers that can be used."""
+    """Names of all registered mixers; a plugin that does not load is among them."""
     registry = importlib.import_module("rewriter.mixers.registry")
-    return tuple(str(name) for name in registry.available())
+    return tuple(str(name) for name in getattr(registry, "names", registry.available)())
 
 
 def resolve(name: str, options: Mapping[str, Any]) -> Target | TargetProblem:
@@ -50,7 +51,10 @@ def resolve(name: str, options: Mapping[str, Any]) -> Target | TargetProblem:
     if name not in known:
         return TargetProblem(("use",), f"unknown mixer '{name}'{did_you_mean(name, known)}")
     registry = importlib.import_module("rewriter.mixers.registry")
-    mixer: type[Mixer] = registry.get(name)
+    try:
+        mixer: type[Mixer] = registry.get(name)
+    except UsageError as error:  # a third-party mixer that does not load
+        return TargetProblem(("use",), str(error))
     try:
         return Target(mixer, mixer.Options.model_validate(dict(options)))
     except ValidationError as error:

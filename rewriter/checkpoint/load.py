@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -147,7 +147,8 @@ def _build(
     built.name_or_path = manifest.original or folder.name
     if manifest.attention in ("eager", "sdpa"):  # others need packages; the default is as good
         built._attn_implementation = manifest.attention
-    return architecture.build(built, where, dtype or torch_dtype(manifest.dtype))
+    model: nn.Module = architecture.build(built, where, dtype or torch_dtype(manifest.dtype))
+    return model
 
 
 def _stored(
@@ -175,9 +176,10 @@ def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
 
 def _rewrite(model: nn.Module, plan: Plan, apply_plan: ApplyPlan | None, folder: Path) -> nn.Module:
     # imported late: capturing pulls in the whole compiler
-    apply: ApplyPlan = apply_plan or importlib.import_module("rewriter.passes.realise").apply_plan
+    if apply_plan is None:
+        apply_plan = cast(ApplyPlan, importlib.import_module("rewriter.passes.realise").apply_plan)
     try:
-        return apply(model, plan)
+        return apply_plan(model, plan)
     except RewriterError as error:
         raise InputError(f"the plan in {folder / MANIFEST} cannot be replayed: {error}") from error
 
