@@ -5,22 +5,48 @@ student = rewriter.rewrite(model, "hybrid")   # find, replace, prove
 print(rewriter.report_of(student).passed)
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from rewriter.api import inspect, make_plan_for, plan_of, report_of, rewrite
 from rewriter.errors import RewriterError
+
+if TYPE_CHECKING:
+    from rewriter.api import inspect, make_plan_for, plan_of, report_of, rewrite
+    from rewriter.checkpoint.load import load
 
 try:
     __version__ = version("attention-rewriter")
 except PackageNotFoundError:  # running from an uninstalled tree
     __version__ = "0"
 
+# Loaded on first use: importing torch and transformers takes seconds, `rewriter --help` should not.
+_HOMES = {
+    "inspect": "rewriter.api",
+    "load": "rewriter.checkpoint.load",
+    "make_plan_for": "rewriter.api",
+    "plan_of": "rewriter.api",
+    "report_of": "rewriter.api",
+    "rewrite": "rewriter.api",
+}
+
 __all__ = [
     "RewriterError",
     "__version__",
     "inspect",
+    "load",
     "make_plan_for",
     "plan_of",
     "report_of",
     "rewrite",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rewriter' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

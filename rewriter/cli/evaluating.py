@@ -1,0 +1,205 @@
+"""`rewriter eval`: what a rewrite costs in quality, beside the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewriter.cli.checkpoints import (
+    Checkpoint,
+    Dtype,
+    documents,
+    is_language_model,
+    open_source,
+    positions_of,
+    same_tokens,
+)
+from rewriter.cli.session import Json, Session, Threads, Traceback, session
+from rewriter.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from rewriter.evaluate import QualityReport, SuiteOptions
+
+ANSWER_ROOM = 16  # tokens that a pass key may take after its prompt
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file, .jsonl or saved data set; may be given several times."),
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The original checkpoint, to compare with.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Rows of text to score.")] = 4,
+    length: Annotated[int, typer.Option(min=4, help="Tokens a row.")] = 1024,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=0.99, help="Use only this last part of the text, as distill leaves it out."
+        ),
+    ] = 0.0,
+    metrics: Annotated[
+        str, typer.Option(help="Which to measure, separated by commas.")
+    ] = "perplexity,copy,passkey,teacher",
+    gap: Annotated[int, typer.Option(min=0, help="Tokens between a passage and its copy.")] = 700,
+    branches: Annotated[
+        bool, typer.Option(help="Also measure with each branch of the mixers switched off.")
+    ] = True,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    threads: Threads = None,
+    traceback: Traceback = False,
+) -> None:
+    """Measure quality: perplexity, copying, pass keys, and the distance to the original.
+
+    Plain perplexity hardly notices that a model cannot look back, so it is never shown alone. An
+    encoder is judged by how well its sentence similarities agree with the original's.
+    """
+    with session(as_json, threads) as out:
+        from rewriter.evaluate import SuiteOptions
+
+        chosen = tuple(name.strip() for name in metrics.split(",") if name.strip())
+        suite = SuiteOptions(metrics=chosen, rows=blocks, copy_gap=gap)  # refuses unknown names
+        source = open_source(checkpoint, dtype)
+        other = None if teacher is None else open_source(teacher, dtype)
+        with out.working("loading"):
+            tokenizer, model = source.tokenizer, source.model
+            original = None if other is None else other.model
+        if is_language_model(model):
+            texts = documents(text or [])
+            if other is not None:
+                same_tokens(other.tokenizer, tokenizer, texts[0])
+            suite = _fitting(suite, length, positions_of(source.config))
+            rows = _rows(texts, tokenizer, length, held_out)
+            report = _language_report(out, model, original, tokenizer, rows, suite, branches)
+        elif original is None:
+            raise UsageError("an encoder is judged against the original; give it with --teacher")
+        else:
+            report = _encoder_report(out, model, original, tokenizer, text or [], branches)
+        out.show(report.render())
+        out.result(
+            {
+                "checkpoint": str(checkpoint),
+                "teacher": None if teacher is None else str(teacher),
+                "text": [str(path) for path in text or []],
+                **report.to_json(),
+            }
+        )
+
+
+def _fitting(suite: SuiteOptions, length: int, positions: int | None) -> SuiteOptions:
+    """The options for a model of so many positions.
+
+    Raises:
+        UsageError: what was asked for is longer than the model can read.
+    """
+    from dataclasses import replace
+
+    if positions is None:
+        return suite
+    needs = {"--length": length}
+    if "copy" in suite.metrics:
+        needs["--gap and two passages"] = suite.copy_gap + 2 * suite.copy_passage
+    for name, need in needs.items():
+        if need > positions:
+            raise UsageError(
+                f"{name}: {need} tokens are more than the {positions} positions of the model; give "
+                "less, or leave the measure out with --metrics"
+            )
+    most = positions - ANSWER_ROOM
+    lengths = tuple(n for n in suite.passkey_lengths if n <= most) or (most,)
+    return replace(suite, passkey_lengths=lengths)
+
+
+def _rows(texts: list[str], tokenizer: Any, length: int, held_out: float) -> torch.Tensor:
+    """(rows, length) token ids, cut where distillation cuts."""
+    from rewriter.distill.data import packed_corpus
+
+    corpus = packed_corpus(texts, tokenizer, length, held_out)
+    return corpus.held_out.ids if held_out > 0 else corpus.train.ids
+
+
+def _language_report(
+    out: Session,
+    model: nn.Module,
+    original: nn.Module | None,
+    tokenizer: Any,
+    rows: torch.Tensor,
+    suite: SuiteOptions,
+    branches: bool,
+) -> QualityReport:
+    from dataclasses import replace
+
+    from rewriter.evaluate import QualityReport, branches_of, measure, measure_branches
+
+    columns = {}
+    if original is not None:
+        with out.working("measuring the original"):
+            columns["teacher"] = measure(original, tokenizer, rows, options=suite)
+    name = "model" if original is None else "student"
+    with out.working("measuring the model"):
+        columns[name] = measure(model, tokenizer, rows, teacher=original, options=suite)
+    ablation = {}
+    if branches and branches_of(model):
+        with out.working("switching branches off"):
+            kept = tuple(m for m in suite.metrics if m in ("perplexity", "copy"))
+            ablation = measure_branches(
+                model,
+                tokenizer,
+                rows,
+                options=replace(suite, metrics=kept),
+                whole={k: v for k, v in columns[name].items() if "perplexity" in k},
+            )
+    scored = min(suite.rows, rows.shape[0])
+    note = (
+        f"{scored} rows of {rows.shape[1]} tokens, the second half of each scored; copies over "
+        f"{suite.copy_gap} tokens; pass keys in {', '.join(map(str, suite.passkey_lengths))} "
+        "tokens."
+    )
+    return QualityReport(columns, ablation, name if ablation else "", (note,))
+
+
+def _encoder_report(
+    out: Session,
+    model: nn.Module,
+    original: nn.Module,
+    tokenizer: Any,
+    text: list[Path],
+    branches: bool,
+) -> QualityReport:
+    from rewriter.evaluate import (
+        SENTENCES,
+        QualityReport,
+        branches_of,
+        embed,
+        similarity_agreement,
+        without_branch,
+    )
+
+    sentences = SENTENCES
+    if text:
+        lines = [line.strip() for d in documents(text) for line in d.splitlines()]
+        sentences = tuple(line for line in lines if line)
+    with out.working("embedding sentences"):
+        before = embed(original, tokenizer, sentences)
+
+        def agreement() -> dict[str, Any]:
+            found = similarity_agreement(before, embed(model, tokenizer, sentences))
+            return {m.name: m for m in (found.pearson, found.spearman)}
+
+        columns = {"student": agreement()}
+        ablation = {}
+        if branches and branches_of(model):
+            ablation["nothing"] = columns["student"]
+            for branch in branches_of(model):
+                with without_branch(model, branch):
+                    ablation[branch] = agreement()
+    note = f"Agreement with the original on {len(sentences)} sentences; 1 means unchanged."
+    return QualityReport(columns, ablation, "student" if ablation else "", (note,))

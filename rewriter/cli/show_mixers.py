@@ -1,0 +1,98 @@
+"""The catalogue as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from rewriter.cli.catalogue import HEADS, KV_HEADS, LENGTH, WIDTH
+from rewriter.cli.tables import bullets, facts, heading, number, size, table
+
+Described = Mapping[str, Any]
+
+
+def mixers_view(listed: Sequence[Described]) -> list[RenderableType]:
+    """One line a mixer."""
+    rows = [
+        (
+            m["name"],
+            m["family"],
+            m["tier"],
+            _directions(m["directions"]),
+            *_cost(m["cost"]),
+            _state(m["state"]),
+        )
+        for m in listed
+    ]
+    columns = ["mixer", "family", "tier", "direction", "cost", "share", "state"]
+    return [
+        table(columns, rows, fold=("family", "direction", "state")),
+        heading("what they do"),
+        bullets((f"{m['name']}:", m["summary"]) for m in listed),
+        Text(
+            f"\ncost: growth with N tokens. share: operations of full softmax attention over "
+            f"{LENGTH} tokens. state: bytes a sequence, float32. Figures for one block with "
+            f"{HEADS} query and {KV_HEADS} key/value heads of width {WIDTH} and default options.\n"
+            "More: rewriter mixers NAME"
+        ),
+    ]
+
+
+def mixer_view(m: Described) -> list[RenderableType]:
+    """Everything about one mixer."""
+    cost, share = _cost(m["cost"])
+    rows = [
+        ("maths", m["maths"]),
+        ("family", m["family"]),
+        ("tier", f"{m['tier']} ({_TIERS.get(m['tier'], '')})"),
+        ("direction", ", ".join(m["directions"])),
+        ("branches", ", ".join(m["branches"]) or "one"),
+        ("cost", f"{cost}; {share} of full softmax attention over {LENGTH} tokens"),
+        ("state", _state(m["state"])),
+        ("source", m["source"]),
+    ]
+    parts: list[RenderableType] = [heading(f"{m['name']}: {m['summary']}"), facts(rows)]
+    if m["options"]:
+        cells = [(o["name"], o["type"], _default(o), o["description"]) for o in m["options"]]
+        columns = ["option", "type", "default", "meaning"]
+        parts += [heading("options"), table(columns, cells, fold=("type", "meaning"))]
+    else:
+        parts.append(heading("options: none"))
+    if m["state"]:
+        tensors = m["state"]["tensors"].items()
+        parts += [heading("state tensors"), bullets((f"{name}:", text) for name, text in tensors)]
+    return parts
+
+
+_TIERS: Mapping[str, str] = {
+    "exact": "the same function",
+    "approximate": "needs no training, its error is measured",
+    "distilled": "has to learn from the original",
+}
+
+
+def _directions(directions: Sequence[str]) -> str:
+    return "both" if len(directions) > 1 else "".join(directions)
+
+
+def _cost(cost: Mapping[str, Any] | None) -> tuple[str, str]:
+    if cost is None:
+        return "?", "?"
+    return cost["growth"], f"{number(100 * cost['share_of_softmax'])} %"
+
+
+def _state(state: Mapping[str, Any] | None) -> str:
+    if state is None:
+        return "none"
+    if not state["bounded"]:
+        return f"{size(state['bytes_per_token'])} a token"
+    return f"{size(state['bytes'])} fixed"
+
+
+def _default(option: Mapping[str, Any]) -> str:
+    if option["required"]:
+        return "required"
+    return "none" if option["default"] is None else str(option["default"])
