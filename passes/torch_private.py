@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
 import sympy
@@ -49,11 +50,12 @@ def export_program(
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Export logs its specialisation decisions as warnings; they are no news to a person here."""
+    """Export logs its specialisation decisions and prints the graph when it gives up."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 

@@ -44,7 +44,7 @@ def _linear_in_keys(bias: torch.Tensor, allowed: torch.Tensor) -> bool:
 def _by_distance(bias: torch.Tensor, allowed: torch.Tensor) -> bool:
     rows, columns = bias.shape[-2:]
     distance = torch.arange(columns)[None, :] - torch.arange(rows)[:, None]
-    for d in distance.unique():
+    for d in range(1 - rows, columns):
         where = (distance == d) & allowed
         band = where.expand_as(bias)
         for head, mask in zip(bias, band, strict=True):

@@ -54,7 +54,7 @@ class _Roles:
 def operands(draft: Draft, view: View) -> Operands | Refusal:
     """Choose the operand nodes, count heads and describe the layouts."""
     axes = draft.axes
-    chains = {
+    chains: dict[Side, tuple[Entry, ...]] = {
         "query": chain(draft.query, view, axes),
         "key": chain(draft.key, view, axes),
         "value": chain(draft.value, view, axes),
@@ -74,11 +74,11 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
         axes.leaves(draft.channel),
         axes.leaves(draft.value_channel),
     )
-    picked: dict[str, int] = {}
-    for side in ("query", "key", "value"):
-        index = _pick(chains[side], roles, side, axes)
+    picked: dict[Side, int] = {}
+    for side, entries in chains.items():
+        index = _pick(entries, roles, side, axes)
         if index is None:
-            node = chains[side][0].node
+            node = entries[0].node
             return Refusal(f"the axes of the {side} cannot be told apart", node)
         picked[side] = index
     named = [
@@ -91,10 +91,10 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
     for item in (*named, output, *terms, weights):
         if isinstance(item, Refusal):
             return item
-    scales: list[Scale] = []
-    for side in ("query", "key"):
-        entry = chains[side][picked[side]]
-        scales.extend(Scale(f.value, side, f.divide) for f in entry.factors)
+    scales = [
+        *(Scale(f.value, "query", f.divide) for f in chains["query"][picked["query"]].factors),
+        *(Scale(f.value, "key", f.divide) for f in chains["key"][picked["key"]].factors),
+    ]
     if chains["value"][picked["value"]].factors:
         return Refusal("the values are scaled inside the core", draft.value.node)
     query, key, value = named

@@ -11,7 +11,7 @@ import torch
 from rewriter.ir.mask import Atom, Causal, Chunk, Mask, SymmetricWindow, Window
 
 HIDDEN = -1e4
-"""Additive values at or below this hide a key; the smallest in use are -1e4 and the dtype's least."""
+"""Additive values at or below this hide a key: models use -1e4, the dtype's least, or -inf."""
 
 
 @dataclass(frozen=True)

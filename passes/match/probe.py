@@ -1,4 +1,4 @@
-"""Run a slice of the graph on chosen inputs, with chosen sizes and, if wanted, sampled positions."""
+"""Run a slice of the graph on chosen inputs and sizes and, if wanted, at sampled positions."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def _arange(node: fx.Node, probe: Probe) -> torch.Tensor | None:
     a = arguments(node)
     positions = probe.positions
     assert positions is not None
-    if val is None or not isinstance(val.shape[0], torch.SymInt) or a.get("step") not in (None, 1):
+    if val is None or not symbolic_expression(val.shape[0]).free_symbols:
+        return None
+    if a.get("step") not in (None, 1):
         return None
     if number(val.shape[0], probe.sizes) != positions.numel():
         return None

@@ -84,6 +84,8 @@ def _step(walk: _Walk) -> Refusal | None:
         walk.node, walk.labels = step.source, step.labels
         return None
     kind = op(node) or node.op
+    if walk.view.linear(node) is not None:
+        return Refusal("the softmax follows a projection, not a product of queries and keys", node)
     return Refusal(f"'{kind}' stands between a product and the softmax and is not understood", node)
 
 

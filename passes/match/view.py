@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import fx
@@ -50,7 +51,7 @@ class View:
 
     @cached_property
     def output(self) -> fx.Node:
-        return next(iter(self.graph.find_nodes(op="output")))
+        return cast(fx.Node, next(iter(self.graph.find_nodes(op="output"))))
 
     def is_parameter(self, node: fx.Node) -> bool:
         return node.op == "placeholder" and node.name in self.captured.parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -124,9 +125,9 @@ def _repeat(node: fx.Node, labels: Labels, axes: Axes, sizes: Sizes) -> Step | N
 def _movedim(node: fx.Node, rank: int) -> list[int]:
     a = arguments(node)
 
-    def as_list(item: object) -> list[int]:
+    def as_list(item: Any) -> list[int]:
         values = item if isinstance(item, list | tuple) else [item]
-        return [dimension(int(v), rank) for v in values]  # type: ignore[call-overload]
+        return [dimension(int(v), rank) for v in values]
 
     source, destination = as_list(a["source"]), as_list(a["destination"])
     order = [-1] * rank

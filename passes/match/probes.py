@@ -1,0 +1,115 @@
+"""Which values a mask's inputs get in a probe: neutral, padded, or two different token sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from rewriter.passes.match.inputs import MaskInput
+from rewriter.passes.match.probe import Probe, number
+from rewriter.passes.match.terms import Term, read
+from rewriter.passes.match.view import View
+from rewriter.passes.normalise.ops import value
+
+GENERIC = 11
+"""A length that no model has as a window."""
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Makes probes. `tokens` are the symbolic numbers of queries and of keys."""
+
+    view: View
+    tokens: tuple[sympy.Expr, sympy.Expr]
+
+    @property
+    def dynamic(self) -> bool:
+        """The number of tokens was left free by the capture."""
+        return bool(self.tokens[0].free_symbols)
+
+    def sizes(self, length: int) -> dict[sympy.Symbol, int]:
+        """Symbol values; keys that count on their own get another length than queries."""
+        queries, keys = (e.free_symbols for e in self.tokens)
+        return {**dict.fromkeys(keys, length + 5), **dict.fromkeys(queries, length)}
+
+    def counts(self, probe: Probe) -> tuple[int, int]:
+        """(queries, keys) of a probe."""
+        first, second = (
+            int(e.subs({s: probe.sizes.get(s, 2) for s in e.free_symbols})) for e in self.tokens
+        )
+        return first, second
+
+    def probe(
+        self,
+        term: Term,
+        length: int,
+        positions: torch.Tensor | None = None,
+        whole: bool = True,
+        padding: torch.Tensor | None = None,
+        seed: int = 0,
+    ) -> Probe:
+        """Inputs that hide nothing, or `padding` ((B, N) bool, True is valid) for padding inputs.
+
+        With sampled `positions`, inputs reach up to the largest position (`whole`: masks that
+        gather by position) or hold one entry per sample.
+        """
+        sizes = self.sizes(length)
+        generator = torch.Generator().manual_seed(seed)
+        inputs: dict[str, torch.Tensor] = {}
+        for item in term.inputs:
+            shape = _shape(item.node, sizes)
+            if positions is not None and whole:
+                shape[-1] = int(positions.max()) + 1
+            if item.kind == "padding":
+                valid = torch.ones(shape) if padding is None else padding.expand(shape).float()
+                out = valid if self._ones_are_valid(term, item) else 1 - valid
+            elif item.kind == "positions":
+                sampled = positions is not None and not whole
+                out = positions if sampled and positions is not None else torch.arange(shape[-1])
+                out = out.expand(shape).contiguous()
+            else:
+                out = torch.randint(0, max(item.high, 2), shape, generator=generator)
+            inputs[item.node.name] = out.to(_dtype(item.node))
+        return Probe(sizes, inputs, positions)
+
+    def _ones_are_valid(self, term: Term, item: MaskInput) -> bool:
+        """The polarity of a padding input: which constant leaves more keys visible."""
+        sizes = self.sizes(GENERIC)
+        visible = []
+        for fill in (0, 1):
+            inputs = {}
+            for other in term.inputs:
+                shape = _shape(other.node, sizes)
+                out = torch.ones(shape) if other.kind == "padding" else torch.arange(shape[-1])
+                out = torch.full(shape, fill) if other is item else out.expand(shape)
+                inputs[other.node.name] = out.to(_dtype(other.node)).contiguous()
+            reading = read(term, Probe(sizes, inputs), self.view)
+            visible.append(float(reading.allowed.double().mean()))
+        return visible[1] >= visible[0]
+
+
+def padding_patterns() -> tuple[torch.Tensor, ...]:
+    """(2, GENERIC) bool: padding on the right, on the left, and on both sides."""
+    right = torch.ones(2, GENERIC, dtype=torch.bool)
+    left = right.clone()
+    right[0, 7:] = False
+    left[0, :3] = False
+    both = right & left
+    both[1, 9:] = False
+    return right, left, both
+
+
+def _shape(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> list[int]:
+    val = value(node)
+    assert val is not None
+    return [number(s, sizes) for s in val.shape]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    val = value(node)
+    assert val is not None
+    return val.dtype
