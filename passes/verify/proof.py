@@ -54,49 +54,56 @@ def prove_sites(
         The identity rewrite of all proved sites (parameters shared with `model`), and one proof
         per site in order.
     """
-    proofs: list[SiteProof] = []
-    for site in sites:
-        refusal = _buildable(model, site, examples)
-        proofs.append(SiteProof(site, float("inf") if refusal else 0.0, refusal))
+    seen = observe(model, [s.fqn for s in sites], examples.primary)
+    proofs = [SiteProof(s, 0.0, _not_once(len(seen[s.fqn]))) for s in sites]
+    good = [p.site for p in proofs if p.refusal is None]
     while True:
-        good = [p.site for p in proofs if p.refusal is None]
         identity = realise(share_parameters(model), [Target(s, EXACT, {}) for s in good], examples)
-        proofs = [
-            p if p.refusal is not None else _compare(model, identity, p.site, examples)
-            for p in proofs
-        ]
-        if all(p.refusal is None for p in proofs if p.site in good):
+        compared = {p.site.index: p for p in _compare(model, identity, good, examples)}
+        proofs = [compared.get(p.site.index, p) for p in proofs]
+        left = [p.site for p in proofs if p.refusal is None]
+        if left == good:
             return identity, proofs
+        good = left
 
 
-def _buildable(model: nn.Module, site: AttentionSite, examples: Examples) -> str | None:
-    """Try the site alone, so that one bad owner does not spoil the others."""
-    calls = observe(model, [site.fqn], examples.primary)[site.fqn]
-    if len(calls) != 1:
-        return f"the module runs {len(calls)} times in one forward pass instead of once"
-    return None
+def _not_once(calls: int) -> str | None:
+    if calls == 1:
+        return None
+    return f"the module runs {calls} times in one forward pass instead of once"
 
 
 def _compare(
-    model: nn.Module, identity: nn.Module, site: AttentionSite, examples: Examples
-) -> SiteProof:
-    ours, theirs = identity.get_submodule(site.fqn), model.get_submodule(site.fqn)
-    worst = 0.0
+    model: nn.Module, identity: nn.Module, sites: Sequence[AttentionSite], examples: Examples
+) -> list[SiteProof]:
+    """Every owner on what it is given in each example call, as it is and sharpened."""
+    worst = {site.fqn: SiteProof(site, 0.0) for site in sites}
     for name, call in {"captured call": examples.primary, **examples.variants}.items():
-        for observed in observe(model, [site.fqn], call)[site.fqn]:
-            for inputs in (observed.named, _sharpened(observed)):
-                try:
-                    difference = _difference(ours, theirs, inputs)
-                except RewriterError as error:
-                    return SiteProof(site, float("inf"), f"{name}: {error}")
-                except Exception as error:
-                    reason = f"{name}: the re-emitted module fails with {_line(error)}"
-                    return SiteProof(site, float("inf"), reason)
-                worst = max(worst, difference)
-        if worst > TOLERANCE:
-            reason = f"{name}: the re-emitted module differs from the original by {worst:.1e}"
-            return SiteProof(site, worst, reason)
-    return SiteProof(site, worst)
+        streams = observe(model, list(worst), call)
+        for fqn, proof in worst.items():
+            if proof.refusal is None:
+                ours, theirs = identity.get_submodule(fqn), model.get_submodule(fqn)
+                worst[fqn] = _judge(proof, name, ours, theirs, streams[fqn])
+    return list(worst.values())
+
+
+def _judge(
+    proof: SiteProof, name: str, ours: nn.Module, theirs: nn.Module, calls: Sequence[Observed]
+) -> SiteProof:
+    largest = proof.difference
+    for observed in calls:
+        for inputs in (observed.named, _sharpened(observed)):
+            try:
+                largest = max(largest, _difference(ours, theirs, inputs))
+            except RewriterError as error:
+                return SiteProof(proof.site, float("inf"), f"{name}: {error}")
+            except Exception as error:
+                reason = f"{name}: the re-emitted module fails with {_line(error)}"
+                return SiteProof(proof.site, float("inf"), reason)
+    if largest > TOLERANCE:
+        reason = f"{name}: the re-emitted module differs from the original by {largest:.1e}"
+        return SiteProof(proof.site, largest, reason)
+    return SiteProof(proof.site, largest)
 
 
 def _line(error: BaseException) -> str:
