@@ -115,3 +115,10 @@ def symbolic_expression(size: int | torch.SymInt) -> sympy.Expr:
     if isinstance(size, torch.SymInt):
         return cast(sympy.Expr, size.node.expr)
     return sympy.Integer(size)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 products in hardware; emulated ones are several times slower
+    than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rewriter.distill.precision import Precision
 from rewriter.errors import InputError, UsageError
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -83,7 +84,8 @@ class DistillConfig(_Strict):
         length: tokens a row.
         held_out: fraction of the text, from the end, that is never trained on.
         seed: of the row order and of new low-rank updates.
-        dtype: of the forward and backward passes; trained weights are float32 either way.
+        dtype: of the forward and backward passes; trained weights are float32 either way. 'auto'
+            is bfloat16 where the hardware multiplies it, else float32.
         layers: stage 1, or None to skip it.
         logits: stage 2, or None to skip it.
         checkpoint_every: optimiser steps between checkpoints; 0 keeps only the end of each stage.
@@ -92,7 +94,7 @@ class DistillConfig(_Strict):
     length: int = Field(default=1024, ge=2)
     held_out: float = Field(default=0.1, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Precision = "auto"
     layers: LayerStage | None = None
     logits: LogitStage | None = None
     checkpoint_every: int = Field(default=50, ge=0)

@@ -12,6 +12,7 @@ from torch import nn
 from rewriter.distill.config import Budget, DistillConfig
 from rewriter.distill.copies import rewritten_owners
 from rewriter.distill.data import Rows
+from rewriter.distill.precision import compute_dtype
 from rewriter.distill.progress import Reporter, Silent, duration
 from rewriter.distill.resume import Snapshot, latest, save
 from rewriter.distill.stages import MatchLayers, MatchLogits, Stage
@@ -111,7 +112,8 @@ def distill(
 def run_digest(teacher: nn.Module, student: nn.Module, rows: Rows, config: DistillConfig) -> str:
     """Identity of a run: equal digests mean that a checkpoint of one continues the other."""
     settings = config.model_dump_json(exclude={"checkpoint_every"})
-    hasher = hashlib.sha256(f"{settings} {rows.digest()}".encode())
+    dtype = compute_dtype(config.dtype, teacher)  # what "auto" means on this machine
+    hasher = hashlib.sha256(f"{settings} {dtype} {rows.digest()}".encode())
     for name, parameter in teacher.named_parameters():
         head = parameter.detach().flatten()[:256].double().cpu().numpy()
         hasher.update(f"{name} {tuple(parameter.shape)}".encode())

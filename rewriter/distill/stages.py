@@ -21,6 +21,7 @@ from rewriter.distill.copies import (
 )
 from rewriter.distill.data import Rows
 from rewriter.distill.losses import divergence, output_error
+from rewriter.distill.precision import compute_dtype
 from rewriter.errors import UsageError
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -97,7 +98,7 @@ class MatchLayers:
                 "No rewritten module has new parameters, so there is nothing to match layer by "
                 "layer: leave out the 'layers' stage or choose a mixer that learns."
             )
-        dtype = getattr(torch, config.dtype)
+        dtype = compute_dtype(config.dtype, teacher)
         tensors: dict[int, torch.Tensor] = {}
         self.teacher = private_copy(teacher, dtype, tensors)
         self.student = private_copy(student, dtype, tensors, master=names)
@@ -173,7 +174,7 @@ class MatchLogits:
         self.options: LogitStage = config.logits
         self._original = teacher
         names = core_names(student)
-        dtype = getattr(torch, config.dtype)
+        dtype = compute_dtype(config.dtype, teacher)
         body = []
         if self.options.train == "all":
             body = [n for n, p in student.named_parameters() if p.is_floating_point()]

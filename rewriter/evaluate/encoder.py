@@ -99,7 +99,7 @@ def similarity_agreement(before: Array, after: Array) -> SimilarityAgreement:
     draws: list[tuple[float, float]] = []
     for _ in range(RESAMPLES):
         picked = rng.integers(0, n, size=n)
-        a, b = picked[i], picked[j]
+        a, b = np.take(picked, i), np.take(picked, j)
         apart = a != b  # a sentence paired with itself says nothing
         if apart.sum() > 2:
             x, y = first[a[apart], b[apart]], second[a[apart], b[apart]]

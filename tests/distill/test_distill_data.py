@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewriter.distill import precision
 from rewriter.distill.config import load_config, parse_config
 from rewriter.distill.data import Order, Rows, packed_corpus, padded_corpus, read_texts
 from rewriter.errors import InputError, UsageError
@@ -140,3 +141,12 @@ def test_config_is_strict_and_reads_yaml_and_json(tmp_path: Path) -> None:
         load_config(path)
     with pytest.raises(InputError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1, 1)
+    for hardware, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda it=hardware: it)
+        assert precision.compute_dtype("auto", model) == expected
+    assert precision.compute_dtype("bfloat16", model) == torch.bfloat16
+    assert precision.compute_dtype("auto", model.to("meta")) == torch.bfloat16
