@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from rewriter.checkpoint import architecture
+from rewriter.checkpoint.guard import guard
 from rewriter.checkpoint.manifest import MANIFEST, Manifest, check_weights
 from rewriter.checkpoint.quiet import quiet, reason
 from rewriter.checkpoint.read import torch_dtype
@@ -43,7 +44,7 @@ def load(
         apply_plan: the function that rewrites, `rewriter.passes.realise.apply_plan` by default.
 
     Returns:
-        The model in eval mode; of the class of the original.
+        The model in eval mode, of the class of the original; its `save_pretrained` is guarded.
 
     Raises:
         InputError: not such a directory, damaged, changed, or written by a newer version.
@@ -62,6 +63,7 @@ def load(
     if wanted is None:
         _cast_buffers(model, manifest.buffer_dtypes)
     _read_generation_config(model, folder)
+    guard(model, manifest.plan)
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rewriter.checkpoint import is_rewritten, load, open_checkpoint, save
+from rewriter.checkpoint.guard import guarded_plan
 from rewriter.checkpoint.keys import forward_state_dict, new_keys, reverse_state_dict
 from rewriter.checkpoint.manifest import MANIFEST, Manifest
 
@@ -145,6 +147,21 @@ def test_unaware_loader_with_the_right_config_fails_too(tmp_path: Path) -> None:
     save(model, tmp_path / "out", plan)
     with pytest.raises(OSError):
         LlamaForCausalLM.from_pretrained(tmp_path / "out", config=model.config)
+
+
+def test_loaded_model_saves_itself_guarded(tmp_path: Path) -> None:
+    model, plan = rewritten_llama()
+    save(model, tmp_path / "out", plan)
+    loaded = copy.deepcopy(load(tmp_path / "out", apply_plan=apply_plan))
+    with torch.no_grad():
+        loaded.get_parameter("model.norm.weight").mul_(2)
+    loaded.save_pretrained(tmp_path / "again")
+    assert guarded_plan(loaded) == plan
+    assert is_rewritten(tmp_path / "again")
+    with pytest.raises(OSError):
+        LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", apply_plan=apply_plan)
+    assert torch.equal(again(tokens()).logits, loaded(tokens()).logits)
 
 
 def test_is_rewritten(tmp_path: Path) -> None:
