@@ -72,7 +72,11 @@ def resolve(
         device: where the tensors live; only its type matters.
         dtype: dtype of the values.
         needs_grad: gradients are wanted.
+
+    While a graph is compiled it is always the reference, whose operations the compiler can fuse.
     """
+    if torch.compiler.is_compiling():
+        return choose(Query(spec, "", dtype, needs_grad), ())
     return _resolve(spec, torch.device(device).type, dtype, needs_grad)
 
 

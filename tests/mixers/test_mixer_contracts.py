@@ -286,3 +286,27 @@ def test_options_are_strict() -> None:
         SinkWindowOptions(window=0)
     with pytest.raises(ValueError, match="windw"):
         SinkWindowOptions(windw=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["sink_window", "hedgehog_window"])
+def test_export_with_a_free_length(name: str) -> None:
+    """A rewritten module can be captured again, and its graph serves other lengths."""
+    mixer = build(name, make_site())
+    q, k, v = qkv(mixer.site, N)
+    free = {2: torch.export.Dim.DYNAMIC}
+    graph = torch.export.export(
+        _Plain(mixer), (q, k, v), dynamic_shapes=(free, free, free), strict=False
+    ).module()
+    longer = qkv(mixer.site, N + 9)
+    close(graph(*longer), run(mixer, *longer))
+
+
+class _Plain(torch.nn.Module):
+    def __init__(self, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = self.mixer(q, k, v, (None,))[0]
+        return out

@@ -128,9 +128,7 @@ class Keep(Mixer):
         if mask is None and self.site.kind == "causal":
             if seen == 0 and k.shape[-2] > new:  # an empty static cache shows its whole length
                 k, v = k[:, :, :new], v[:, :, :new]
-            causal = new > 1 and k.shape[-2] == new
-            if not causal and k.shape[-2] != 1 and not self._all_visible(new, k.shape[-2], seen):
-                mask = self._visible(new, k.shape[-2], seen, q.device)
+            causal, mask = self._flag_or_mask(new, k.shape[-2], seen, q.device)
         heads = q.shape[1]
         grouped = group > 1 and mask is None
         packed = group > 1 and mask is not None and new == 1 and mask.shape[1] in (1, heads)
@@ -164,9 +162,20 @@ class Keep(Mixer):
             None, None
         ]
 
-    def _all_visible(self, new: int, keys: int, seen: int) -> bool:
-        """One new token sees every key that a growing or sliding cache shows."""
-        return new == 1 and keys <= seen + 1 and self.site.mask.window is None
+    def _flag_or_mask(
+        self, new: int, keys: int, seen: int, device: torch.device
+    ) -> tuple[bool, torch.Tensor | None]:
+        """The causal flag where it means the site's mask, nothing where all is visible, or a mask.
+
+        The flag aligns the first query with the first key, so it is wrong behind a cache.
+        """
+        window = self.site.mask.window
+        if window is None or keys <= window:
+            if keys == new:
+                return new > 1, None
+            if new == 1 and keys <= seen + 1:
+                return False, None
+        return False, self._visible(new, keys, seen, device)
 
 
 def _scaled(x: torch.Tensor, step: Scale) -> torch.Tensor:

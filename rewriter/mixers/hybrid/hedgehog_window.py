@@ -7,13 +7,18 @@ logit, phi the Hedgehog map and r_h = exp(c_h) learned per head (catalogue lolca
 sliding form, with the sinks kept exact). A key enters S when it leaves the window, so a token step
 equals the full forward. With window >= length it is the teacher exactly, whatever r_h is.
 
-The start. Untrained features are nearly uniform, phi(q).phi(k) is about 2 / feature_dim for every
-pair, so the far mass grows as r_h * 2 N / feature_dim against a near mass of at least 1.
-`initial_log_ratio` puts it far below that, so the untrained student is the window with sinks,
-and the gradient of c_h is proportional to the far mass and not zero.
+The start. Untrained features are nearly uniform: phi(q).phi(k) is about 2 / feature_dim for every
+pair, so the far mass is r_h 2 N / feature_dim against a near mass of at least 1. On random q, k, v
+of width 64, window 64 and 1,024 tokens the output moves from the window alone by 0.5 to 3 % at
+c = -6, by 4 to 19 % at -4 and by 54 to 84 % at 0. Where attention is local, c above -5 made the
+untrained student worse than its window; where it is diffuse, larger c was better. -6 is the
+default, since a converted model should not start below its window; the gradient of c_h is
+proportional to the far mass, so give c_h a larger learning rate or a higher start to train faster.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import sympy
 import torch
@@ -58,6 +63,7 @@ class HedgehogWindow(Mixer):
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
         assert isinstance(options, HedgehogWindowOptions)
+        self.spec = self.kernel_spec(site, options)
         self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
         start = torch.full((site.heads.query,), options.initial_log_ratio)
         self.log_ratio = nn.Parameter(start)
@@ -71,12 +77,7 @@ class HedgehogWindow(Mixer):
         return options.model_copy(update={"window": tokens})
 
     @classmethod
-    def kernel_spec(
-        cls,
-        site: AttentionSite,
-        options: MixerOptions,
-        hidden: frozenset[str] = frozenset(),
-    ) -> JointWindowLinear:
+    def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> JointWindowLinear:
         assert isinstance(options, HedgehogWindowOptions)
         return JointWindowLinear(
             window=options.window,
@@ -84,7 +85,6 @@ class HedgehogWindow(Mixer):
             scale=site.scale,
             features=2 * feature_dim(site, options),
             softcap=site.softcap,
-            hidden=hidden,
         )
 
     @classmethod
@@ -114,7 +114,7 @@ class HedgehogWindow(Mixer):
         bias: torch.Tensor | None,
         state: State | None,
     ) -> tuple[torch.Tensor, State | None]:
-        spec = self.kernel_spec(self.site, self.options, self.disabled)
+        spec = replace(self.spec, hidden=self.disabled) if self.disabled else self.spec
         kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
         ratio = self.log_ratio.float().exp()
         return kernel.run(  # type: ignore[no-any-return]

@@ -43,6 +43,7 @@ class Hedgehog(Mixer):
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
+        self.spec = self.kernel_spec(site, options)
         self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
 
     @classmethod
@@ -73,8 +74,7 @@ class Hedgehog(Mixer):
         bias: torch.Tensor | None,
         state: State | None,
     ) -> tuple[torch.Tensor, State | None]:
-        spec = self.kernel_spec(self.site, self.options)
-        kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
+        kernel = resolve(self.spec, q.device, v.dtype, torch.is_grad_enabled())
         return kernel.run(  # type: ignore[no-any-return]
             self.map_q(q), self.map_k(k), v, valid=valid, state=state
         )

@@ -9,6 +9,8 @@ there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sympy
 import torch
 from pydantic import Field
@@ -43,6 +45,10 @@ class SinkWindow(Mixer):
     Options = SinkWindowOptions
     branches = ("sinks", "window")
 
+    def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
+        super().__init__(site, options, layer)
+        self.spec = self.kernel_spec(site, options)
+
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
         reason = super().refuse(site, options)
@@ -60,12 +66,7 @@ class SinkWindow(Mixer):
         return options.model_copy(update={"window": tokens})
 
     @classmethod
-    def kernel_spec(
-        cls,
-        site: AttentionSite,
-        options: MixerOptions,
-        hidden: frozenset[str] = frozenset(),
-    ) -> WindowAttention:
+    def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> WindowAttention:
         """The mixer's window inside the one that the site has already."""
         assert isinstance(options, SinkWindowOptions)
         radius = site.mask.radius
@@ -76,7 +77,6 @@ class SinkWindow(Mixer):
             scale=site.scale,
             softcap=site.softcap,
             limit=site.mask.window if radius is None else radius + 1,
-            hidden=hidden,
         )
 
     @classmethod
@@ -104,6 +104,6 @@ class SinkWindow(Mixer):
         bias: torch.Tensor | None,
         state: State | None,
     ) -> tuple[torch.Tensor, State | None]:
-        spec = self.kernel_spec(self.site, self.options, self.disabled)
+        spec = replace(self.spec, hidden=self.disabled) if self.disabled else self.spec
         kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
         return kernel.run(q, k, v, valid=valid, bias=bias, state=state)  # type: ignore[no-any-return]
