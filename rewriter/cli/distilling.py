@@ -109,6 +109,7 @@ def distill(
             settings = _fitting(settings, source.config, is_language_model(original.model))
             train_rows = _rows(texts, tokenizer, settings, is_language_model(original.model))
             models = original.model, source.model
+            _check_reach(source.model, settings.length)
         result = _run(out, *models, train_rows, settings, work, target, resume)
         from rewriter.checkpoint.write import save
 
@@ -218,6 +219,23 @@ def _fitting(settings: DistillConfig, config: Any, language: bool) -> DistillCon
             raise UsageError("an encoder has no logits to match; give the config a stage 'layers'")
         changes["logits"] = None
     return settings.model_copy(update=changes)
+
+
+def _check_reach(student: Any, length: int) -> None:
+    """Rows must be long enough that what learns is at work at all.
+
+    Raises:
+        UsageError: a far field, say, begins only after the end of the rows.
+    """
+    from rewriter.distill.copies import rewritten_owners
+    from rewriter.mixers.base import Mixer
+
+    for path, core in rewritten_owners(student).items():
+        if type(core).test_length is not Mixer.test_length and core.test_length() > length:
+            raise UsageError(
+                f"rows of {length} tokens are too short for '{core.info.name}' at '{path}' to "
+                f"learn from; use --length {core.test_length()} or more"
+            )
 
 
 def _rows(texts: list[str], tokenizer: Any, settings: DistillConfig, language: bool) -> Rows:

@@ -63,6 +63,7 @@ def evaluate(
     encoder is judged by how well its sentence similarities agree with the original's.
     """
     with session(as_json, threads) as out:
+        from rewriter.cli.show_quality import quality_view
         from rewriter.evaluate import SuiteOptions
 
         chosen = tuple(name.strip() for name in metrics.split(",") if name.strip())
@@ -83,7 +84,7 @@ def evaluate(
             raise UsageError("an encoder is judged against the original; give it with --teacher")
         else:
             report = _encoder_report(out, model, original, tokenizer, text or [], branches)
-        out.show(report.render())
+        out.show(*quality_view(report))
         out.result(
             {
                 "checkpoint": str(checkpoint),
@@ -158,11 +159,12 @@ def _language_report(
                 whole={k: v for k, v in columns[name].items() if "perplexity" in k},
             )
     scored = min(suite.rows, rows.shape[0])
-    note = (
-        f"{scored} rows of {rows.shape[1]} tokens, the second half of each scored; copies over "
-        f"{suite.copy_gap} tokens; pass keys in {', '.join(map(str, suite.passkey_lengths))} "
-        "tokens."
-    )
+    said = [f"{scored} rows of {rows.shape[1]} tokens, scored on their second half"]
+    if "copy" in suite.metrics:
+        said.append(f"copies of {suite.copy_passage} tokens over {suite.copy_gap} others")
+    if "passkey" in suite.metrics:
+        said.append(f"pass keys in {', '.join(map(str, suite.passkey_lengths))} tokens")
+    note = "; ".join(said)
     return QualityReport(columns, ablation, name if ablation else "", (note,))
 
 

@@ -25,11 +25,12 @@ TRACEBACK_VARIABLE = "REWRITER_TRACEBACK"
 
 @dataclass(frozen=True)
 class Failure:
-    """What is told about an exception: its kind, one line of text, and the exit code."""
+    """What is told about an exception: kind, one line of text, exit code, and a report if any."""
 
     kind: str
     message: str
     code: int
+    report: Any = None
 
 
 class GuardedGroup(TyperGroup):
@@ -71,7 +72,8 @@ def wants_traceback(words: Sequence[str]) -> bool:
 def describe(error: Exception) -> Failure:
     """The line and exit code for an exception."""
     if isinstance(error, RewriterError):
-        return Failure(type(error).__name__, one_line(str(error)), error.exit_code)
+        report = getattr(error, "report", None)
+        return Failure(type(error).__name__, one_line(str(error)), error.exit_code, report)
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own errors
         context = getattr(error, "ctx", None)
         command = getattr(context, "command_path", None) or "rewriter"
@@ -91,7 +93,12 @@ def tell(failure: Failure, as_json: bool) -> int:
     sys.stderr.write(f"error: {failure.message}\n")
     if as_json:
         body = {"kind": failure.kind, "message": failure.message, "exit_code": failure.code}
-        sys.stdout.write(json.dumps({"error": body}) + "\n")
+        whole = {"error": body}
+        if failure.report is not None:
+            from rewriter.cli.session import plain
+
+            whole["report"] = plain(failure.report.to_json())
+        sys.stdout.write(json.dumps(whole, indent=2) + "\n")
     return failure.code
 
 

@@ -92,4 +92,4 @@ def root(
 
 def main() -> None:
     """Entry point of the console script; leaves through SystemExit."""
-    app()
+    app(prog_name="rewriter")

@@ -1,0 +1,281 @@
+"""Every command on a tiny random checkpoint, from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_tools import byte_tokenizer, failed, run, run_json, tiny_llama
+
+from rewriter import api
+from rewriter.checkpoint import load
+from rewriter.distill import LiveProgress, Progress
+from rewriter.ir.contract import judged
+from rewriter.ir.site import NearMiss, Source
+
+MISS = NearMiss("mask", "it depends on data", Source("where", "model.head", "/a/b.py", 7))
+
+
+def test_inspect_shows_every_site(tiny: Path) -> None:
+    out = run("inspect", tiny)
+    assert out.exit_code == 0
+    assert out.stderr == ""
+    lines = out.stdout.splitlines()
+    assert lines[2].split()[:4] == ["0", "model.layers.0.self_attn", "4/2", "x"]
+    assert "causal, padding" in lines[3]
+    assert "projections  q_proj, k_proj, v_proj, o_proj" in lines
+    assert lines[-1] == "2 attention sites in 2 modules (2 causal), 0 near misses"
+    assert "\x1b" not in out.stdout
+
+
+def test_inspect_as_json(tiny: Path) -> None:
+    data = run_json("inspect", tiny)
+    assert [site["fqn"] for site in data["sites"]] == [
+        f"model.layers.{i}.self_attn" for i in (0, 1)
+    ]
+    assert data["sites"][0]["heads"] == {
+        "query": 4,
+        "key_value": 2,
+        "key_dim": 16,
+        "value_dim": 16,
+    }
+    assert data["misses"] == []
+
+
+def test_inspect_why(tiny: Path) -> None:
+    out = run("inspect", tiny, "--why", "model.layers.1.self_attn")
+    assert "site 1: model.layers.1.self_attn - understood" in out.stdout
+    assert "keep             can serve it" in out.stdout
+    data = run_json("inspect", tiny, "--why", "model.layers.1.self_attn.q_proj")
+    assert [site["index"] for site in data["sites"]] == [1]
+    assert data["sites"][0]["mixers"]["sink_window"] is None
+    assert "looks like attention" in run("inspect", tiny, "--why", "model.layers.0.mlp").stdout
+    line = failed(run("inspect", tiny, "--why", "model.layers.1.self_atn"), 2)
+    assert "did you mean 'model.layers.1.self_attn'" in line
+
+
+def test_inspect_without_any_site_is_4(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "inspect", lambda _: api.Inspection((), (MISS,)))
+    out = run("inspect", tiny)
+    assert "it depends on data" in failed(out, 4)
+    assert "1 near miss" in out.stdout
+
+
+def test_plan_is_a_dry_run_that_can_be_edited_and_replayed(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    out = run("plan", tiny, "--policy", "hybrid", "--out", file)
+    assert out.exit_code == 0, out.stderr
+    assert "1  model.layers.1.self_attn  hedgehog_window  distilled  planned" in out.stdout
+    data = json.loads(file.read_text())
+    data["decisions"][1].update(target="sink_window", options={"window": 9}, tier="approximate")
+    file.write_text(json.dumps(data))
+    made = run_json("convert", tiny, "--plan", file, "--out", tmp_path / "o", "--verify", "quick")
+    assert [d["target"] for d in made["plan"]["decisions"]] == ["keep", "sink_window"]
+    assert made["passed"] is True
+    assert {c["number"] for c in made["contracts"]} >= {1, 2, 3, 4, 5, 6, 7}
+    saved = run_json("inspect", tmp_path / "o")
+    assert saved["plan"]["decisions"][1]["options"]["window"] == 9
+
+
+def test_plan_as_json(tiny: Path) -> None:
+    data = run_json("plan", tiny, "--policy", "sink-window")
+    assert [d["status"] for d in data["decisions"]] == ["planned", "planned"]
+
+
+def test_convert_prints_plan_contracts_and_place(tiny: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    out = run("convert", tiny, "--policy", "identity", "--out", target)
+    assert out.exit_code == 0, out.stderr
+    assert out.stderr == ""
+    assert "2 x keep no options; exact; sites 0-1" in out.stdout
+    assert "0 failed" not in out.stdout
+    assert "identity plan equals" in out.stdout
+    assert out.stdout.rstrip().endswith(f"saved to {target}") or "saved to" in out.stdout
+    assert (target / "tokenizer.json").exists()
+    refused = failed(run("convert", tiny, "--policy", "identity", "--out", target), 6)
+    assert "--overwrite" in refused
+    rewritten = failed(run("convert", target, "--policy", "identity", "--out", tmp_path / "2"), 2)
+    assert "rewritten already" in rewritten
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((), 2, "--policy"),
+        (("--policy", "hybird"), 2, "did you mean 'hybrid'"),
+        (("--policy", "hybrid", "--plan", "x.json"), 2, "not both"),
+        (("--plan", "/no/such/plan.json"), 2, "does not exist"),
+        (("--policy", "hybrid", "--dtype", "int3"), 2, "int3"),
+    ],
+)
+def test_convert_refuses_before_it_works(
+    words: tuple[str, ...], code: int, said: str, tiny: Path, tmp_path: Path
+) -> None:
+    assert said in failed(run("convert", tiny, "--out", tmp_path / "o", *words), code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_contract_is_5_and_leaves_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = judged(4, "later tokens change nothing", "model", 0.5, 1e-6)
+    monkeypatch.setattr(api, "run_contracts", lambda *_: [broken])
+    words = ("convert", tiny, "--policy", "sink-window", "--out", tmp_path / "o")
+    out = run(*words)
+    assert "contract 4" in failed(out, 5)
+    assert "1 failed" in out.stdout
+    data = json.loads(run(*words, "--json").stdout)
+    assert data["error"]["exit_code"] == 5
+    assert data["report"]["contracts"][0]["outcome"] == "fail"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_near_misses_warn_on_stderr_or_stop(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = api._find
+
+    def with_miss(*args: Any) -> api.Inspection:
+        return api.Inspection(real(*args).sites, (MISS,))
+
+    monkeypatch.setattr(api, "_find", with_miss)
+    words = ("convert", tiny, "--policy", "sink-window", "--out", tmp_path / "o")
+    line = failed(run(*words, "--on-miss", "error"), 4)
+    assert "it depends on data" in line
+    out = run(*words, "--verify", "none")
+    assert out.exit_code == 0
+    assert out.stderr.startswith("warning: not rewritten: mask: it depends on data")
+
+
+def test_generate_is_the_same_with_and_without_cache(tiny: Path, converted: Path) -> None:
+    for checkpoint in (tiny, converted):
+        words = ("generate", checkpoint, "--prompt", "the boat left", "--max-new-tokens", "6")
+        cached, plain = run_json(*words), run_json(*words, "--no-cache")
+        assert cached["new_tokens"] == 6
+        assert cached["text"] == plain["text"]
+    out = run(*words)
+    assert out.stdout.rstrip("\n") == cached["text"].rstrip("\n")
+    assert "tokens in" in out.stderr
+    assert "chat template" in failed(run(*words, "--chat"), 2)
+
+
+def test_a_missing_tokenizer_is_3(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    line = failed(run("generate", tmp_path / "bare", "--prompt", "x"), 3)
+    assert "tokenizer" in line
+
+
+def test_eval_beside_the_teacher(tiny: Path, converted: Path, text: Path) -> None:
+    words = ["eval", converted, "--teacher", tiny, "--text", text, "--length", 128, "--gap", 60]
+    words += ["--blocks", 2, "--metrics", "perplexity,copy,teacher"]
+    data = run_json(*words)
+    assert set(data["models"]) == {"teacher", "student"}
+    assert set(data["models"]["student"]) >= {"perplexity", "copy perplexity", "KL to teacher"}
+    assert set(data["ablation"]["without"]) == {"nothing", "window", "linear"}
+    out = run(*words, "--no-branches")
+    assert "top-1 agreement" in out.stdout
+    assert "switched off" not in out.stdout
+    assert max(map(len, out.stdout.splitlines())) <= 80
+    assert "positions" in failed(run("eval", tiny, "--text", text), 2)
+    assert "--text" in failed(run("eval", tiny), 2)
+    assert "speed" in failed(run("eval", tiny, "--text", text, "--metrics", "speed"), 2)
+
+
+def test_eval_refuses_a_teacher_that_reads_otherwise(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    other = byte_tokenizer()
+    other.add_tokens(["boat"])
+    tiny_llama().save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    words = ("eval", tiny, "--teacher", tmp_path, "--text", text, "--length", 64)
+    assert "tokenizers" in failed(run(*words), 3)
+
+
+def test_distill_survives_an_interruption(
+    tiny: Path, converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.yaml"
+    stage = {"steps": 3, "lr": 0.01}
+    settings = {
+        "length": 64,
+        "dtype": "float32",
+        "checkpoint_every": 1,
+        "layers": stage,
+        "logits": {**stage, "train": "core"},
+    }
+    config.write_text(json.dumps(settings))
+
+    def words(out: str) -> tuple[Any, ...]:
+        base = ("distill", tiny, converted, "--text", text, "--config", config)
+        return (*base, "--out", tmp_path / out)
+
+    whole = run_json(*words("whole"))
+    assert [s["name"] for s in whole["stages"]] == ["layers", "logits"]
+    assert not (tmp_path / "whole.distill").exists()
+
+    def stop(self: LiveProgress, progress: Progress) -> None:
+        if progress.stage == "layers" and progress.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveProgress, "update", stop)
+        out = run(*words("cut"))
+    assert out.exit_code == 130
+    assert "--resume" in out.stderr
+    assert not (tmp_path / "cut").exists()
+    assert "--resume" in failed(run(*words("cut")), 2)
+    resumed = run(*words("cut"), "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "resuming stage 'layers'" in resumed.stderr
+    assert "layers" in resumed.stdout
+
+    a, b = (load(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    before = load(converted).state_dict()
+    assert any(not torch.equal(before[key], a[key]) for key in a if ".core." in key)
+
+
+def test_distill_refuses_what_cannot_work(
+    tiny: Path, converted: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    swapped = run("distill", converted, tiny, "--text", text, "--out", out, "--steps", 2)
+    assert "rewritten already" in failed(swapped, 2)
+    plain = run("distill", tiny, tiny, "--text", text, "--out", out, "--steps", 2)
+    assert "not a rewritten checkpoint" in failed(plain, 2)
+    words = ("--text", text, "--out", out, "--steps", 2, "--length", 16)
+    assert "--length 28" in failed(run("distill", tiny, converted, *words), 2)
+    gone = run("distill", tiny, converted, "--text", tmp_path / "no.txt", "--out", out)
+    assert "no.txt" in failed(gone, 3)
+
+
+def test_mixers() -> None:
+    out = run("mixers")
+    assert {"keep", "sink_window", "hedgehog", "hedgehog_window"} <= {
+        line.split()[0] for line in out.stdout.splitlines() if line.strip()
+    }
+    listed = {m["name"]: m for m in run_json("mixers")["mixers"]}
+    assert listed["keep"]["cost"]["growth"] == "N^2"
+    assert listed["keep"]["cost"]["share_of_softmax"] == 1.0
+    assert listed["keep"]["state"]["bytes_per_token"] == 4 * 3 * (64 + 64)
+    assert listed["hedgehog"]["cost"]["growth"] == "N"
+    assert listed["hedgehog"]["state"]["bytes_per_token"] == 0
+    one = run("mixers", "sink_window").stdout
+    assert "tokens in the window" in one
+    assert "i - j < window" in one
+    assert "sink_window" in failed(run("mixers", "sink_windw"), 2)
+
+
+def test_in_a_process_of_its_own(tiny: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rewriter", "inspect", str(tiny), "--json", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(json.loads(done.stdout)["sites"]) == 2
+    assert done.stderr == ""
