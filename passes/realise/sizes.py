@@ -16,8 +16,19 @@ from transformers.cache_utils import Cache
 
 from rewriter.passes.realise.calls import Path, map_leaves, walk
 
-Label = Literal["batch", "tokens"] | int
-GENERIC = {"batch": 2, "tokens": 13}
+Name = Literal["batch", "tokens"]
+GENERIC: Mapping[Name, int] = {"batch": 2, "tokens": 13}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A size that is `factor` times the batch or the number of tokens."""
+
+    name: Name
+    factor: int = 1
+
+
+Label = Scaled | int
 
 
 @dataclass
@@ -43,14 +54,12 @@ class SizeBook:
             for a, b in zip(value.shape, other.shape, strict=True):
                 if a == b:
                     shape.append(int(a))
-                elif (a, b) == (batch, other_batch):
-                    shape.append("batch")
-                elif (a, b) == (tokens, other_tokens):
-                    shape.append("tokens")
-                elif a * other_batch == b * batch:
-                    shape.append("batch")
+                elif a % batch == 0 and a // batch * other_batch == b:
+                    shape.append(Scaled("batch", a // batch))
+                elif a % tokens == 0 and a // tokens * other_tokens == b:
+                    shape.append(Scaled("tokens", a // tokens))
                 else:
-                    shape.append("tokens")
+                    shape.append(Scaled("tokens"))
             self.labels[path] = tuple(shape)
 
     def generic(
@@ -60,8 +69,8 @@ class SizeBook:
         known: dict[str, int] = {}
         for path, tensor in tensors.items():
             for label, size in zip(self.labels.get(path, ()), tensor.shape, strict=False):
-                if isinstance(label, str):
-                    known.setdefault(label, int(size))
+                if isinstance(label, Scaled):
+                    known.setdefault(label.name, int(size) // label.factor)
         cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
         if not cached and known.get("batch", 2) > 1 and known.get("tokens", 2) > 1:
             return dict(named)
@@ -80,7 +89,7 @@ class SizeBook:
         labels = self.labels.get(path)
         if labels is None or len(labels) != value.dim():
             labels = tuple(_guess(d, n, value, known) for d, n in enumerate(value.shape))
-        shape = [GENERIC[x] if isinstance(x, str) else x for x in labels]
+        shape = [GENERIC[x.name] * x.factor if isinstance(x, Scaled) else x for x in labels]
         if value.dtype == torch.bool or not value.is_floating_point():
             return torch.ones(shape, dtype=value.dtype, device=value.device)
         return torch.randn(shape, device=value.device).to(value.dtype)
@@ -89,9 +98,9 @@ class SizeBook:
 def _guess(dim: int, size: int, value: torch.Tensor, known: Mapping[str, int]) -> Label:
     """Best reading of an input never seen before: first dimension batch, mask tails tokens."""
     if dim == 0 and size == known.get("batch", size):
-        return "batch"
+        return Scaled("batch")
     if value.dim() == 4 and dim >= 2:
-        return "tokens"
+        return Scaled("tokens")
     if size == known.get("tokens") and size != 1:
-        return "tokens"
+        return Scaled("tokens")
     return int(size)
