@@ -332,6 +332,23 @@ ZOO: dict[str, Model] = {
     ),
 }
 CASES = [(name, spelling) for name, model in ZOO.items() for spelling in model.spellings]
+LOOK_ALIKE = frozenset(
+    {
+        ("qwen2", "sdpa"),
+        ("qwen3", "eager"),
+        ("gemma3", "sdpa"),
+        ("phi3", "sdpa"),
+        ("gptneox", "eager"),
+        ("mixtral", "eager"),
+        ("roberta", "eager"),
+        ("distilbert", "sdpa"),
+        ("dinov2", "eager"),
+        ("vit", "sdpa"),
+        ("modernbert", "eager"),
+        ("opt", "eager"),
+    }
+)
+"""Cases whose core is spelled just as in another case: they run nightly, for a short suite."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_zoo import CASES, ZOO, canonical, core_from_description, found, values_of
+from attention_zoo import (
+    CASES,
+    LOOK_ALIKE,
+    ZOO,
+    canonical,
+    core_from_description,
+    found,
+    values_of,
+)
 
 from rewriter.ir.site import AttentionSite
-from rewriter.passes.capture import module_path
+from rewriter.passes.capture import Captured, capture, module_path
+from rewriter.passes.match import match
 
 
-@pytest.fixture(params=CASES, ids=["-".join(c) for c in CASES], scope="module")
+def _parameters():
+    for c in CASES:
+        marks = [pytest.mark.nightly] if c in LOOK_ALIKE else []
+        yield pytest.param(c, id="-".join(c), marks=marks)
+
+
+@pytest.fixture(params=_parameters(), scope="module")
 def case(request):
     return request.param
 
@@ -85,6 +100,13 @@ def test_identical_layers_share_a_fingerprint(case):
     first, second = (m.site.fingerprint for m in found(*case).result.matches)
     assert len(first) == 64
     assert first == second
+
+
+def test_dropout_of_a_training_model():
+    module = ZOO["bert"].build("eager").train()
+    captured = capture(module, (), ZOO["bert"].inputs())
+    assert isinstance(captured, Captured)
+    assert [m.site.dropout for m in match(captured).matches] == [0.1, 0.1]
 
 
 def test_fingerprints_tell_architectures_apart():
