@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from cli_tools import TEXT, byte_tokenizer, run, tiny_llama
 
+from rewriter import api
+from rewriter.checkpoint import open_checkpoint
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,3 +34,14 @@ def text(tiny: Path) -> Path:
     path = tiny.parent / "text.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture(scope="session")
+def found(tiny: Path) -> api.Inspection:
+    return api.inspect(open_checkpoint(tiny).model)
+
+
+@pytest.fixture
+def known(found: api.Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares a command the tracing of the tiny model, which another test has seen work."""
+    monkeypatch.setattr(api, "_find", lambda *_: found)

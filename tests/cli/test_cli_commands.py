@@ -31,6 +31,7 @@ def test_inspect_shows_every_site(tiny: Path) -> None:
     assert "\x1b" not in out.stdout
 
 
+@pytest.mark.usefixtures("known")
 def test_inspect_as_json(tiny: Path) -> None:
     data = run_json("inspect", tiny)
     assert [site["fqn"] for site in data["sites"]] == [
@@ -45,6 +46,7 @@ def test_inspect_as_json(tiny: Path) -> None:
     assert data["misses"] == []
 
 
+@pytest.mark.usefixtures("known")
 def test_inspect_why(tiny: Path) -> None:
     out = run("inspect", tiny, "--why", "model.layers.1.self_attn")
     assert "site 1: model.layers.1.self_attn - understood" in out.stdout
@@ -64,6 +66,7 @@ def test_inspect_without_any_site_is_4(tiny: Path, monkeypatch: pytest.MonkeyPat
     assert "1 near miss" in out.stdout
 
 
+@pytest.mark.usefixtures("known")
 def test_plan_is_a_dry_run_that_can_be_edited_and_replayed(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     out = run("plan", tiny, "--policy", "hybrid", "--out", file)
@@ -72,22 +75,23 @@ def test_plan_is_a_dry_run_that_can_be_edited_and_replayed(tiny: Path, tmp_path:
     data = json.loads(file.read_text())
     data["decisions"][1].update(target="sink_window", options={"window": 9}, tier="approximate")
     file.write_text(json.dumps(data))
-    made = run_json("convert", tiny, "--plan", file, "--out", tmp_path / "o", "--verify", "quick")
+    made = run_json("convert", tiny, "--plan", file, "--out", tmp_path / "o", "--verify", "none")
     assert [d["target"] for d in made["plan"]["decisions"]] == ["keep", "sink_window"]
-    assert made["passed"] is True
-    assert {c["number"] for c in made["contracts"]} >= {1, 2, 3, 4, 5, 6, 7}
+    assert made["passed"] is True and made["contracts"] == []
     saved = run_json("inspect", tmp_path / "o")
     assert saved["plan"]["decisions"][1]["options"]["window"] == 9
 
 
+@pytest.mark.usefixtures("known")
 def test_plan_as_json(tiny: Path) -> None:
     data = run_json("plan", tiny, "--policy", "sink-window")
     assert [d["status"] for d in data["decisions"]] == ["planned", "planned"]
 
 
+@pytest.mark.usefixtures("known")
 def test_convert_prints_plan_contracts_and_place(tiny: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    out = run("convert", tiny, "--policy", "identity", "--out", target)
+    out = run("convert", tiny, "--policy", "identity", "--out", target, "--verify", "quick")
     assert out.exit_code == 0, out.stderr
     assert out.stderr == ""
     assert "2 x keep no options; exact; sites 0-1" in out.stdout
@@ -118,30 +122,26 @@ def test_convert_refuses_before_it_works(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("known")
 def test_a_failed_contract_is_5_and_leaves_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = judged(4, "later tokens change nothing", "model", 0.5, 1e-6)
     monkeypatch.setattr(api, "run_contracts", lambda *_: [broken])
     words = ("convert", tiny, "--policy", "sink-window", "--out", tmp_path / "o")
-    out = run(*words)
+    out = run(*words, "--json")
     assert "contract 4" in failed(out, 5)
-    assert "1 failed" in out.stdout
-    data = json.loads(run(*words, "--json").stdout)
+    data = json.loads(out.stdout)
     assert data["error"]["exit_code"] == 5
     assert data["report"]["contracts"][0]["outcome"] == "fail"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_near_misses_warn_on_stderr_or_stop(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, found: api.Inspection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = api._find
-
-    def with_miss(*args: Any) -> api.Inspection:
-        return api.Inspection(real(*args).sites, (MISS,))
-
-    monkeypatch.setattr(api, "_find", with_miss)
+    with_miss = api.Inspection(found.sites, (MISS,))
+    monkeypatch.setattr(api, "_find", lambda *_: with_miss)
     words = ("convert", tiny, "--policy", "sink-window", "--out", tmp_path / "o")
     line = failed(run(*words, "--on-miss", "error"), 4)
     assert "it depends on data" in line

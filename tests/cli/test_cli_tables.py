@@ -140,8 +140,8 @@ plan 'mine': 4 sites (2 exact, 1 approximate, 1 refused)
 
 def test_contracts_are_grouped_and_failures_spelled_out() -> None:
     results = [
-        judged(3, "prefill + decode = full", "sink_window at a.0 and 29 like it", 2e-6, 1e-4),
-        judged(3, "prefill + decode = full", "model", 1e-6, 1e-4),
+        judged(3, "prefill + decode", "sink_window at a.0 and 29 like it", 2e-6, 1e-4),
+        judged(3, "prefill + decode", "model", 1e-6, 1e-4),
         judged(4, "causal", "model", 0.25, 1e-6, "row 3"),
         judged(4, "causal", "hedgehog at a.1", math.nan, 1e-6),
         ContractResult(9, "relative teacher gap", "a.0", "reported", 0.1),
@@ -155,13 +155,13 @@ def test_contracts_are_grouped_and_failures_spelled_out() -> None:
 GOLDEN_CONTRACTS = """\
 
 contracts: 2 failed, 2 passed, 3 reported, 1 not applicable
- #  check                    subject                    measured  bound  result
+ #  check                 subject                    measured  bound  result
 
- 3  prefill + decode = full  model, sink_window x30         2e-6   1e-4  pass
- 4  causal                   model, hedgehog                 nan   1e-6  fail
- 5  limit case               m                                           n/a
- 9  relative teacher gap     2 sites                  0.1 to 0.4         reported
-10  crossover (tokens)       m                       not reached         reported
+ 3  prefill + decode      model, sink_window x30         2e-6   1e-4  pass
+ 4  causal                model, hedgehog                 nan   1e-6  fail
+ 5  limit case            m                                           n/a
+ 9  relative teacher gap  2 sites                  0.1 to 0.4         reported
+10  crossover (tokens)    m                       not reached         reported
 
 2 failures
   4 model: causal: 0.25, allowed 1e-6 (row 3)
