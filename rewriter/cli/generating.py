@@ -50,7 +50,7 @@ def generate(
         if temperature > 0:
             sampling["temperature"] = temperature
         start = time.perf_counter()
-        result = model.generate(  # type: ignore[operator]
+        result = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -106,7 +106,7 @@ def _pad(tokenizer: Any) -> int:
 def _streamer(tokenizer: Any, out: Session) -> Any:
     from transformers import TextStreamer
 
-    class Stream(TextStreamer):  # type: ignore[misc]
+    class Stream(TextStreamer):
         """Writes finished words to the session's stdout."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

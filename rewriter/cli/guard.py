@@ -36,12 +36,12 @@ class Failure:
 class GuardedGroup(TyperGroup):
     """A command group whose exceptions end as one line and an exit code."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         """Run a command line and leave through SystemExit, whatever happens."""
         words = list(sys.argv[1:] if args is None else args) or ["--help"]
         extra.pop("standalone_mode", None)
         try:
-            code = super().main(words, *rest, standalone_mode=False, **extra)
+            code = super().main(words, standalone_mode=False, **extra)
             sys.stdout.flush()
         except BrokenPipeError:
             _forget_stdout()

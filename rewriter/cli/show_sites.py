@@ -169,7 +169,7 @@ def _details(site: AttentionSite) -> tuple[tuple[str, str], ...]:
 
 
 def _softmax(site: AttentionSite) -> str:
-    words = [site.spelling]
+    words: list[str] = [site.spelling]
     if site.softmax_dtype:
         words.append(f"in {site.softmax_dtype}")
     if site.qk_norm:
