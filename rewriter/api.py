@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.ir.site import AttentionSite, NearMiss
 from rewriter.passes.capture import capture
@@ -28,7 +28,7 @@ from rewriter.report import Report
 M = TypeVar("M", bound=nn.Module)
 OnMiss = Literal["error", "warn", "ignore"]
 PolicyLike = Policy | str | Path | Mapping[str, Any]
-RECORD = "_rewrite_record"
+REPORT = "_rewrite_report"
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,6 @@ class Inspection:
 
     sites: tuple[AttentionSite, ...]
     misses: tuple[NearMiss, ...]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a rewritten model knows about its rewrite."""
-
-    plan: Plan
-    report: Report
 
 
 def rewrite(
@@ -110,7 +102,9 @@ def rewrite(
     report = Report(found.sites, found.misses, plan, tuple(contracts), clock.laps)
     if report.failures:
         raise _failed(report)
-    return attach(result, Record(plan, report))
+    guard(result, plan)
+    result.__dict__[REPORT] = report
+    return result
 
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
@@ -128,35 +122,27 @@ def make_plan_for(
 
 
 def report_of(model: nn.Module) -> Report:
-    """The report of the rewrite that made this model."""
-    return _record(model).report
+    """The report of the rewrite that made this model.
+
+    Raises:
+        UsageError: the model was not made by `rewrite` (a loaded one has a plan but no report).
+    """
+    report = model.__dict__.get(REPORT)
+    if not isinstance(report, Report):
+        raise UsageError("this model carries no report; only the result of rewriter.rewrite does")
+    return report
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan that was carried out on this model."""
-    return _record(model).plan
+    """The plan that was carried out on this model.
 
-
-def attach(model: M, record: Record) -> M:
-    """Give a rewritten model its record, and a `save_pretrained` that guards its checkpoint."""
-    model.__dict__[RECORD] = record
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = types.MethodType(_save_pretrained, model)
-    return model
-
-
-def _save_pretrained(model: nn.Module, save_directory: str | Path, **_: Any) -> None:
-    """`save_pretrained` of a rewritten model: unaware loaders must not restore softmax silently."""
-    from rewriter.checkpoint import save
-
-    save(model, Path(save_directory), plan_of(model), overwrite=True)
-
-
-def _record(model: nn.Module) -> Record:
-    record = model.__dict__.get(RECORD)
-    if not isinstance(record, Record):
+    Raises:
+        UsageError: the model was made by neither `rewrite` nor `load`.
+    """
+    plan = guarded_plan(model)
+    if plan is None:
         raise UsageError("this model was not made by rewriter.rewrite or rewriter.load")
-    return record
+    return plan
 
 
 def _find(model: nn.Module, examples: Examples) -> Inspection:
@@ -247,4 +233,4 @@ class _Clock:
         self._last = now
 
 
-__all__ = ["Inspection", "Record", "inspect", "make_plan_for", "plan_of", "report_of", "rewrite"]
+__all__ = ["Inspection", "inspect", "make_plan_for", "plan_of", "report_of", "rewrite"]

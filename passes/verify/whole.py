@@ -15,7 +15,7 @@ from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.verify.compare import first_tensor, max_difference
 
 BOUND = 1e-4
-LENGTH = 40
+LENGTH = 24
 
 
 def token_ids(examples: Examples, batch: int, length: int, seed: int = 3) -> torch.Tensor:
