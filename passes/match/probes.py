@@ -36,6 +36,12 @@ class Prober:
         queries, keys = (e.free_symbols for e in self.tokens)
         return {**dict.fromkeys(keys, length + 5), **dict.fromkeys(queries, length)}
 
+    def rows(self, term: Term) -> int:
+        """Batch size that the padding inputs of a term have in a probe."""
+        sizes = self.sizes(GENERIC)
+        shapes = [_shape(i.node, sizes) for i in term.inputs if i.kind == "padding"]
+        return max((shape[0] for shape in shapes if len(shape) > 1), default=2)
+
     def counts(self, probe: Probe) -> tuple[int, int]:
         """(queries, keys) of a probe."""
         first, second = (
@@ -92,15 +98,16 @@ class Prober:
         return visible[1] >= visible[0]
 
 
-def padding_patterns() -> tuple[torch.Tensor, ...]:
-    """(2, GENERIC) bool: padding on the right, on the left, and on both sides."""
-    right = torch.ones(2, GENERIC, dtype=torch.bool)
+def padding_patterns(length: int, rows: int = 2) -> tuple[torch.Tensor, ...]:
+    """(rows, length) bool: padding on the right, on the left, and on both sides."""
+    right = torch.ones(2, length, dtype=torch.bool)
     left = right.clone()
-    right[0, 7:] = False
-    left[0, :3] = False
+    right[0, (2 * length) // 3 :] = False
+    left[0, : max(length // 4, 1)] = False
     both = right & left
-    both[1, 9:] = False
-    return right, left, both
+    both[1, length - 2 :] = False
+    order = torch.arange(rows) % 2
+    return right[order], left[order], both[order]
 
 
 def _shape(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> list[int]:

@@ -67,7 +67,7 @@ class Semantics:
             terms.append(term)
         try:
             return _Evaluation(terms, prober, atoms).meaning()
-        except ProbeError as error:
+        except (ProbeError, RuntimeError) as error:  # torch raises RuntimeError on sizes
             return Meaning(unknown, Mask(opaque=f"the mask cannot be evaluated: {error}"))
 
 
@@ -101,6 +101,8 @@ class _Evaluation:
         for i, term in enumerate(self.terms):
             if self._hides_padding(term):
                 roles[i] = "mask_and_bias" if "bias" in roles[i] else "mask"
+            if term.fill is None and term.learned(view):  # a zero today may be trained tomorrow
+                roles[i] = "bias" if roles[i] in ("none", "bias") else "mask_and_bias"
         return Meaning(tuple(roles), mask, position)
 
     def _without_padding(self) -> Mask:
@@ -190,9 +192,9 @@ class _Evaluation:
         if not any(i.kind == "padding" for t in self.terms for i in t.inputs):
             return False
         verdicts: set[bool] = set()
-        for valid in padding_patterns():
+        queries, keys = self.prober.counts(self.prober.probe(self.terms[0], GENERIC))
+        for valid in padding_patterns(keys, max(self.prober.rows(t) for t in self.terms)):
             probes = [self.prober.probe(t, GENERIC, padding=valid) for t in self.terms]
-            queries, keys = self.prober.counts(probes[0])
             base = mask.dense(torch.arange(queries), torch.arange(keys))
             shape = (valid.shape[0], 1, queries, keys)
             seen = Mask(self.atoms).dense(torch.arange(queries), torch.arange(keys)).expand(shape)
@@ -201,7 +203,7 @@ class _Evaluation:
                 if bool((allowed != allowed[:, :1]).any()):
                     return "padding is treated differently by different heads"
                 seen = seen & allowed[:, :1]
-            if keys != valid.shape[1] or seen.shape != shape:
+            if seen.shape != shape:
                 return "padding was given for other keys than the mask hides"
             wanted = base & valid[:, None, None, :]
             alive = wanted.any(-1, keepdim=True)  # rows without a key are free to hold anything
@@ -216,8 +218,9 @@ class _Evaluation:
     def _hides_padding(self, term: Term) -> bool:
         if not any(i.kind == "padding" for i in term.inputs):
             return False
-        view, padding = self.prober.view, padding_patterns()[0]
-        plain = read(term, self.prober.probe(term, GENERIC), view).allowed
+        view, neutral = self.prober.view, self.prober.probe(term, GENERIC)
+        padding = padding_patterns(self.prober.counts(neutral)[1], self.prober.rows(term))[0]
+        plain = read(term, neutral, view).allowed
         padded = read(term, self.prober.probe(term, GENERIC, padding=padding), view).allowed
         return not torch.equal(plain.expand_as(padded), padded)
 

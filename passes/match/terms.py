@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from torch import nn
 
 from rewriter.ir.site import FillTerm, PositionKind, TermRole
 from rewriter.passes.match import bias as biases
@@ -37,6 +38,11 @@ class Term:
     fill: FillTerm | None
     dims: tuple[tuple[str, ...], ...]
     heads: tuple[int, int]
+
+    def learned(self, view: View) -> bool:
+        """The term is computed from trainable parameters."""
+        tensors = (view.captured.parameter(n.name) for n in self.part.inputs)
+        return any(isinstance(t, nn.Parameter) for t in tensors)
 
 
 @dataclass(frozen=True)

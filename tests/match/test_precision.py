@@ -146,6 +146,32 @@ def test_a_softmax_over_a_projection_is_no_attention(module):
     ]
 
 
+class LearnedBias(nn.Module):
+    """A bias table that is still zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.table = Block(self._mix), nn.Parameter(torch.zeros(4, 12, 12))
+
+    def _mix(self, q, k, v):
+        return torch.softmax(q @ k.mT / 4 + self.table, -1) @ v
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+def test_a_zero_bias_that_can_be_trained_is_a_bias():
+    (found,) = look(LearnedBias()).matches
+    assert found.site.terms == ("bias",)
+
+
+def test_a_batch_of_one_is_understood():
+    captured = capture(Block(good), (X[:1],))
+    assert isinstance(captured, Captured)
+    (found,) = match(captured).matches
+    assert found.site.heads.query == 4
+
+
 GOLDEN = """\
 match: 'mul' stands between the softmax and any product with values; node 'mul_6' in 'the model \
 itself' (test_precision.py:LINE)
