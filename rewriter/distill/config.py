@@ -53,7 +53,13 @@ class Budget(_Strict):
 
 
 class LayerStage(Budget):
-    """Stage 1: every rewritten module imitates its original on the teacher's own stream."""
+    """Stage 1: every rewritten module imitates its original on the teacher's own stream.
+
+    A short run wants a high rate: over 48 rows of 1,024 tokens 3e-2 ended with a lower loss than
+    1e-2 in both layers of SmolLM2-135M that were tried.
+    """
+
+    lr: float = Field(default=3e-2, gt=0)
 
 
 class LogitStage(Budget):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from rewriter.distill.copies import (
     write_core,
 )
 from rewriter.distill.data import Rows
+from rewriter.distill.lora import inject_lora
 from rewriter.distill.losses import divergence, output_error
 from rewriter.distill.precision import compute_dtype
 from rewriter.errors import UsageError
@@ -250,53 +250,3 @@ def _logits(output: Any) -> torch.Tensor:
             "run: use the 'layers' stage alone."
         )
     return logits
-
-
-def site_projections(student: nn.Module) -> list[str]:
-    """Paths of the projection modules of all rewritten sites, in order, each once."""
-    modules = dict(student.named_modules())
-    paths: list[str] = []
-    for owner, core in rewritten_owners(student).items():
-        for projection in (core.site.projections or {}).values():
-            inside = f"{owner}.{projection.module}" if owner else projection.module
-            path = projection.module if projection.module in modules else inside
-            if path in modules and path not in paths:
-                paths.append(path)
-    return paths
-
-
-def inject_lora(student: nn.Module, options: LogitStage, seed: int) -> dict[str, Any]:
-    """Put low-rank updates (float32, starting at zero) on the sites' projections, in place.
-
-    Returns:
-        The adapted layers by path.
-
-    Raises:
-        UsageError: peft is not installed, or no projection was identified.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UsageError(
-            "Training with train 'lora' needs the package 'peft': install attention-rewriter[lora] "
-            "or choose train 'core' or 'all'."
-        ) from error
-    paths = site_projections(student)
-    if not paths:
-        raise UsageError(
-            "No projection of a rewritten site was identified, so there is nothing to put low-rank "
-            "updates on: choose train 'core' or 'all'."
-        )
-    settings = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=0.0,
-        target_modules="|".join(re.escape(path) for path in paths),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(settings, student)
-    for name, parameter in student.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-    return {path: student.get_submodule(path) for path in paths}

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from rewriter import rewrite
 from rewriter.distill import Rows, distill, parse_config
 from rewriter.distill.copies import core_names, rewritten_owners
-from rewriter.distill.stages import site_projections
+from rewriter.distill.lora import site_projections
 from rewriter.evaluate import kl_to_teacher, without_branch
 
 POLICY = {
