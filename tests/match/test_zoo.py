@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_zoo import (
-    CASES,
-    LOOK_ALIKE,
-    ZOO,
-    canonical,
-    core_from_description,
-    found,
-    values_of,
-)
+from attention_zoo import CASES, LOOK_ALIKE, ZOO, found
+from core_oracle import canonical, core_from_description, values_of
 
 from rewriter.ir.site import AttentionSite
 from rewriter.passes.capture import Captured, capture, module_path
