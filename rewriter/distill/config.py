@@ -55,8 +55,8 @@ class Budget(_Strict):
 class LayerStage(Budget):
     """Stage 1: every rewritten module imitates its original on the teacher's own stream.
 
-    A short run wants a high rate: over 48 rows of 1,024 tokens 3e-2 ended with a lower loss than
-    1e-2 in both layers of SmolLM2-135M that were tried.
+    A short run wants a high rate: in layer 3 of SmolLM2-135M, 48 steps of one row of 1,024 tokens
+    brought the held-out loss from 0.74 to 0.37 at 1e-2 and to 0.26 at 3e-2.
     """
 
     lr: float = Field(default=3e-2, gt=0)
