@@ -1,0 +1,54 @@
+"""The real checkpoints that `make assets` fetches. Where they lie: REWRITER_ASSETS, else assets/."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rewriter.api import Inspection, inspect
+from rewriter.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def asset(name: str, pattern: str) -> Path:
+    folder = Path(os.environ.get("REWRITER_ASSETS", ROOT / "assets")) / name
+    found = sorted(folder.glob(pattern))
+    if not found:
+        message = f"{folder} has no {pattern}: run `make assets` first"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return found[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    return open_checkpoint(asset("smollm2", "*.gguf"), dtype="float32").model.eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2_found(smollm2: Any) -> Inspection:
+    return inspect(smollm2)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Any:
+    return open_checkpoint(asset("minilm", "config.json").parent, dtype="float32").model.eval()
+
+
+@pytest.fixture(scope="session")
+def minilm_found(minilm: Any) -> Inspection:
+    return inspect(minilm)

@@ -1,0 +1,103 @@
+"""SmolLM2-135M and MiniLM as they are: everything found, identity bit for bit, decode = forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rewriter.api import Inspection
+from rewriter.passes.examples import examples_for
+from rewriter.passes.realise import Target, realise, share_parameters
+from rewriter.passes.realise.cache_probe import new_cache
+
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "keep": {},
+    "sink_window": {"window": 16, "sinks": 4},
+    "hedgehog": {},
+    "hedgehog_window": {"window": 16, "sinks": 4, "initial_log_ratio": -2.0},
+}
+
+
+def apply(model: Any, found: Inspection, mixer: str, options: dict[str, Any]) -> Any:
+    targets = [Target(site, mixer, options) for site in found.sites]
+    return realise(share_parameters(model), targets, examples_for(model))
+
+
+def tokens(model: Any, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def test_every_attention_of_smollm2_is_found_and_none_invented(smollm2_found: Inspection) -> None:
+    assert len(smollm2_found.sites) == 30
+    assert smollm2_found.misses == ()
+    for number, site in enumerate(smollm2_found.sites):
+        assert site.fqn == f"model.layers.{number}.self_attn"
+        assert (site.heads.query, site.heads.key_value, site.heads.key_dim) == (9, 3, 64)
+        assert site.mask.describe() == "causal & key_padding"
+        assert (site.position, site.rotary_dim) == ("rotary", 64)
+        assert site.scale == pytest.approx(0.125)
+    assert len({site.fingerprint for site in smollm2_found.sites}) == 1
+
+
+def test_every_attention_of_minilm_is_found_and_none_invented(minilm_found: Inspection) -> None:
+    assert len(minilm_found.sites) == 6
+    assert minilm_found.misses == ()
+    for site in minilm_found.sites:
+        assert (site.heads.query, site.heads.key_value, site.heads.key_dim) == (12, 12, 32)
+        assert site.mask.describe() == "key_padding"
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_identity_plan_changes_no_bit(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    identity = apply(model, request.getfixturevalue(f"{name}_found"), "keep", {})
+    ids = tokens(model, 2, 65)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        for kwargs in ({}, {"attention_mask": mask}, {"attention_mask": mask.flip(1)}):
+            expected = model(input_ids=ids, **kwargs)[0]
+            assert torch.equal(identity(input_ids=ids, **kwargs)[0], expected)
+
+
+def test_window_as_long_as_the_text_is_the_teacher(smollm2: Any, smollm2_found: Inspection) -> None:
+    wide = apply(smollm2, smollm2_found, "sink_window", {"window": 300, "sinks": 4})
+    ids = tokens(smollm2, 1, 300)
+    with torch.no_grad():
+        difference = (wide(ids, use_cache=False).logits - smollm2(ids).logits).abs().max()
+    assert difference <= 1e-4
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_prefill_and_decode_equal_the_full_forward(
+    mixer: str, smollm2: Any, smollm2_found: Inspection
+) -> None:
+    student = apply(smollm2, smollm2_found, mixer, MIXERS[mixer])
+    ids = tokens(smollm2, 1, 72)
+    with torch.no_grad():
+        full = student(ids, use_cache=False).logits
+        for sizes in ([60, *[1] * 12], [5, 30, 1, 36], [1] * 24):
+            cache, outs, at = new_cache(student), [], 0
+            for size in sizes:
+                part = ids[:, at : at + size]
+                outs.append(student(part, past_key_values=cache, use_cache=True).logits)
+                at += size
+            got = torch.cat(outs, dim=1)
+            assert (got - full[:, : got.shape[1]]).abs().max() <= 1e-4
+
+
+def test_state_does_not_grow(smollm2: Any, smollm2_found: Inspection) -> None:
+    student = apply(smollm2, smollm2_found, "hedgehog_window", MIXERS["hedgehog_window"])
+    cache = new_cache(student)
+    sizes = []
+    with torch.no_grad():
+        for length in (40, 60):
+            student(tokens(smollm2, 1, length), past_key_values=cache, use_cache=True)
+            state = cache.layers[0].state
+            sizes.append(sum(t.numel() * t.element_size() for t in state.values()))
+    assert sizes[0] == sizes[1]
