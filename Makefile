@@ -34,7 +34,7 @@ demo-encoder: assets ## the same on a real sentence encoder
 	$(BIN)/python examples/demo_encoder.py --assets $(ASSETS) --out out/demo-encoder
 
 test: lint types assets ## linters, types and the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

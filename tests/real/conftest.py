@@ -1,4 +1,4 @@
-"""The real checkpoints that `make assets` fetches. Where they lie: REWRITER_ASSETS, else assets/."""
+"""The real checkpoints that `make assets` fetches, from REWRITER_ASSETS or assets/."""
 
 from __future__ import annotations
 
