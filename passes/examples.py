@@ -67,8 +67,9 @@ def examples_for(model: nn.Module, given: Any = None) -> Examples:
             "not understood; rewrite the encoder alone, with example_inputs"
         )
     parameters = _parameters(model)
-    if config is not None and main in ("input_ids",) and getattr(config, "vocab_size", 0):
-        return _for_tokens(model, int(config.vocab_size), parameters)
+    vocabulary: Any = getattr(config, "vocab_size", None)
+    if main == "input_ids" and vocabulary:
+        return _for_tokens(model, int(vocabulary), parameters)
     if config is not None and main == "pixel_values" and hasattr(config, "image_size"):
         return _for_images(config)
     raise UsageError(

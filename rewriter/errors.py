@@ -49,6 +49,6 @@ class OutputError(RewriterError):
 
 
 class UnsupportedError(RewriterError):
-    """The rewritten model was asked for something its mechanism cannot do (cropping a state, say)."""
+    """The rewritten model was asked for something it cannot do, such as cropping a state."""
 
     exit_code = 7

@@ -80,7 +80,9 @@ class OwnerState:
 
 
 def _owner_state(site: Mapping[str, Any], cache: EmissionCache) -> OwnerState:
-    return OwnerState(AttentionSite.from_json(site), Signature(cache.base.forward, method=True), cache)
+    return OwnerState(
+        AttentionSite.from_json(site), Signature(cache.base.forward, method=True), cache
+    )
 
 
 class ReEmitted(nn.Module):
@@ -174,11 +176,12 @@ def trace(
 
 def _argument_paths(pattern: Pattern) -> dict[str, Path]:
     """Dotted path of every tensor leaf -> path of the leaf that holds it first."""
-    return {
-        ".".join(map(str, leaf.path)): pattern.leaves[leaf.key].path if leaf.key != "" else leaf.path
-        for leaf in pattern.leaves
-        if leaf.kind == TENSOR
-    }
+    paths: dict[str, Path] = {}
+    for leaf in pattern.leaves:
+        if leaf.kind == TENSOR:
+            first = leaf if leaf.key == "" else pattern.leaves[leaf.key]
+            paths[".".join(map(str, leaf.path))] = first.path
+    return paths
 
 
 def input_path(path: str) -> str:
