@@ -79,13 +79,19 @@ class _Shim(nn.Module):
 
 
 def capture(
-    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, frozenset[int]] | None = None,
 ) -> Captured | NearMiss:
     """Export `module` on example inputs (non-strict, undecomposed); a NearMiss says why not.
 
     Tensor inputs keep their sizes symbolic where the model allows it (of images only the batch);
     a dimension of size 1 in the example stays 1, so examples should have a batch of at least 2.
     Works on any module with any nested arguments, in train or eval mode as it is.
+
+    Args:
+        fixed: dimensions known to be constant, such as channels, by input path ('args.0').
     """
     kwargs = dict(kwargs or {})
     paths, spec = pytree.tree_flatten_with_path((tuple(args), kwargs))
@@ -99,7 +105,8 @@ def capture(
         torch_private.without_encoder_fast_path(),
         torch_private.quiet_export(),
     ):
-        for dims in _dimension_ladder(leaves):
+        constant = [(fixed or {}).get(name, frozenset()) for name in names]
+        for dims in _dimension_ladder(leaves, constant):
             try:
                 program = torch_private.export_program(shim, leaves, dims)
                 return _captured(program, module, names, args, kwargs)
@@ -162,19 +169,21 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
     return ".".join(parts)
 
 
-def _dimension_ladder(leaves: tuple[torch.Tensor, ...]) -> Iterator[tuple[Any, ...]]:
+def _dimension_ladder(
+    leaves: tuple[torch.Tensor, ...], constant: Sequence[frozenset[int]]
+) -> Iterator[tuple[Any, ...]]:
     """Dynamic dimensions to try: all, then only the batch, then none."""
     image = len(leaves) == 1 and leaves[0].dim() >= 4 and leaves[0].is_floating_point()
     if not image:
-        yield tuple(_dims(leaf, leaf.dim()) for leaf in leaves)
-    yield tuple(_dims(leaf, 1) for leaf in leaves)
-    yield tuple(_dims(leaf, 0) for leaf in leaves)
+        yield tuple(_dims(leaf, leaf.dim(), c) for leaf, c in zip(leaves, constant, strict=True))
+    yield tuple(_dims(leaf, 1, c) for leaf, c in zip(leaves, constant, strict=True))
+    yield tuple(_dims(leaf, 0, c) for leaf, c in zip(leaves, constant, strict=True))
 
 
-def _dims(leaf: torch.Tensor, count: int) -> dict[int, Any]:
+def _dims(leaf: torch.Tensor, count: int, constant: frozenset[int]) -> dict[int, Any]:
     """The first `count` dimensions are free, except those of size 0 and 1, which export fixes."""
     return {
-        d: torch_private.AUTO if d < count and size > 1 else None
+        d: torch_private.AUTO if d < count and size > 1 and d not in constant else None
         for d, size in enumerate(leaf.shape)
     }
 

@@ -18,7 +18,7 @@ from rewriter.ir.site import AttentionSite, NearMiss
 from rewriter.passes.capture import capture
 from rewriter.passes.examples import Examples, examples_for
 from rewriter.passes.match import match
-from rewriter.passes.realise import ReEmitted, realise, share_parameters, targets_of
+from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
 from rewriter.passes.verify import Level, SiteProof, prove_sites
 from rewriter.passes.verify import verify as run_contracts
 from rewriter.plan import Plan
@@ -78,17 +78,20 @@ def rewrite(
         clock.lap("find")
         _mind_misses(found.misses, on_miss)
         plan = _plan(policy, found)
-        identity, proofs = prove_sites(model, found.sites, examples)
+        caches: Caches = {}
+        identity, proofs = prove_sites(model, found.sites, examples, caches)
         plan = _refuse_unproved(plan, proofs)
         clock.lap("prove")
         targets = targets_of(plan)
         if not targets:
             raise NoSiteError(_nothing_left(plan))
-        result = realise(share_parameters(model), targets, examples)
+        result = realise(share_parameters(model), targets, examples, caches)
         clock.lap("realise")
         contracts = run_contracts(
-            model, identity, result, targets, proofs, examples, verify, length, force
+            model, identity, result, targets, proofs, examples, verify, length, force, caches
         )
+        for cache in caches.values():
+            cache.forget_captures()
         clock.lap("verify")
     _restore_modes(model, result)
     plan = plan.model_copy(

@@ -10,6 +10,9 @@ import torch
 
 from rewriter.ir.mask import Atom, Causal, Chunk, Mask, SymmetricWindow, Window
 
+_EVIDENCE = 3
+"""Hidden pairs that make a window or chunk: those of its first two cut rows."""
+
 HIDDEN = -1e4
 """Additive values at or below this hide a key: models use -1e4, the dtype's least, or -inf."""
 
@@ -51,8 +54,17 @@ def fit(evaluations: Sequence[Evaluated], constants: Iterable[int] = ()) -> Mask
     for atoms in _candidates(offsets):
         mask = Mask(atoms)
         if all(torch.equal(mask.dense(e.queries, e.keys), e.allowed) for e in evaluations):
-            return mask
+            return mask if _shown(mask, evaluations) else None
     return None
+
+
+def _shown(mask: Mask, evaluations: Sequence[Evaluated]) -> bool:
+    """Whether a local atom hides enough pairs to be believed: one odd pair is no window."""
+    if mask.atoms == (Causal(),):
+        return True
+    whole = Mask((Causal(),)) if mask.causal else Mask()
+    hidden = sum(int((whole.dense(e.queries, e.keys) & ~e.allowed).sum()) for e in evaluations)
+    return hidden >= _EVIDENCE
 
 
 def _candidates(sizes: Sequence[int]) -> Iterator[tuple[Atom, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,8 +60,21 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
     return realise(model, targets_of(plan), examples)
 
 
-def realise(model: M, targets: list[Target], examples: Examples | None = None) -> M:
-    """Re-emit the owners of `targets` in place, each with its mixer as `core`."""
+Caches = dict[tuple[str, type[nn.Module]], EmissionCache]
+
+
+def realise(
+    model: M,
+    targets: Sequence[Target],
+    examples: Examples | None = None,
+    caches: Caches | None = None,
+) -> M:
+    """Re-emit the owners of `targets` in place, each with its mixer as `core`.
+
+    Args:
+        caches: traces by group of identical layers; pass the same dict when one model is realised
+            several times.
+    """
     if not targets:
         return model
     examples = examples if examples is not None else examples_for(model)
@@ -72,7 +85,7 @@ def realise(model: M, targets: list[Target], examples: Examples | None = None) -
     second = observe(model, owners, examples.resized)
     layers = cache_layers(model, owners, examples)
     sizes = (call_sizes(examples.primary), call_sizes(examples.resized))
-    caches: dict[tuple[str, type[nn.Module]], EmissionCache] = {}
+    caches = {} if caches is None else caches
     for target in targets:
         fqn = target.site.fqn
         observed = _once(fqn, first[fqn])

@@ -8,7 +8,7 @@ pattern has its own emission, traced when first needed and shared by all identic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 
 from rewriter.errors import VerificationError
 from rewriter.ir.site import AttentionSite, NearMiss
-from rewriter.passes.capture import capture
-from rewriter.passes.match import match
+from rewriter.passes.capture import Captured, capture
+from rewriter.passes.match import Match, match
 from rewriter.passes.realise.calls import (
     TENSOR,
     Path,
@@ -44,6 +44,15 @@ class Traced:
     cache_outputs: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Capture:
+    """A captured owner with the one core found in it, and the structure of its output."""
+
+    captured: Captured
+    found: Match
+    structure: Any
+
+
 class EmissionCache:
     """Emissions of a group of identical layers, by call pattern.
 
@@ -55,6 +64,11 @@ class EmissionCache:
         self.book = book
         self.cache_outputs = cache_outputs
         self.traced: dict[Pattern, Traced] = {}
+        self.captures: dict[Pattern, Capture] = {}
+
+    def forget_captures(self) -> None:
+        """Drop the graphs behind the emissions; a new pattern is captured again when needed."""
+        self.captures.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> EmissionCache:
         return self
@@ -91,7 +105,8 @@ class ReEmitted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: OwnerState = self.__dict__[STATE]
         named = state.signature.bind(args, kwargs)
-        provides = bool(getattr(self.core, "provides_weights", False))
+        # A fused core has no weights to give, so exact and new cores share its emissions.
+        provides = state.site.spelling == "eager" and bool(self.core.provides_weights)
         pattern, tensors, cache = read(named, self.training, provides)
         traced = state.cache.traced.get(pattern)
         if traced is None:
@@ -140,19 +155,39 @@ def trace(
     pattern: Pattern,
     tensors: Mapping[Path, torch.Tensor],
 ) -> Traced:
-    """Trace the original class on a call of this pattern and emit its code.
+    """Emit the code of the owner for calls of this pattern, tracing its original class if needed.
 
     Raises:
         VerificationError: the trace is not the site that was matched in the whole model.
     """
-    site = state.site
-    where = f"'{site.fqn or 'the model'}' called with {pattern.describe()}"
+    where = f"'{state.site.fqn or 'the model'}' called with {pattern.describe()}"
+    key = replace(pattern, weights=False)
+    if key not in state.cache.captures:
+        state.cache.captures[key] = _captured(owner, state, named, tensors, where)
+    capture_ = state.cache.captures[key]
+    try:
+        emission = emit(capture_.captured, capture_.found, pattern.weights, len(state.site.terms))
+    except EmissionError as error:
+        raise VerificationError(f"cannot re-emit {where}: {error}") from None
+    by_text = _argument_paths(pattern)
+    inputs = capture_.captured.inputs
+    paths = tuple(by_text[input_path(inputs[name])] for name in emission.tensors)
+    return Traced(emission, paths, capture_.structure, state.cache.cache_outputs)
+
+
+def _captured(
+    owner: nn.Module,
+    state: OwnerState,
+    named: Mapping[str, Any],
+    tensors: Mapping[Path, torch.Tensor],
+    where: str,
+) -> Capture:
     original = original_view(owner, state.cache.base)
     template = state.cache.book.generic(named, tensors)
     call = map_leaves(template, _without_cache)
     with torch.no_grad():
         live = original(**call)
-    captured = capture(original, (), call)
+    captured = capture(original, (), call, state.cache.book.fixed())
     if isinstance(captured, NearMiss):
         raise VerificationError(f"cannot trace {where}: {captured.reason}")
     found = match(captured)
@@ -161,17 +196,10 @@ def trace(
         raise VerificationError(
             f"tracing {where} gave {len(found.matches)} attention blocks instead of one ({reasons})"
         )
-    difference = disagreement(site, found.matches[0].site)
+    difference = disagreement(state.site, found.matches[0].site)
     if difference is not None:
         raise VerificationError(f"tracing {where} gave another attention: {difference}")
-    try:
-        emission = emit(captured, found.matches[0], pattern.weights, len(site.terms))
-    except EmissionError as error:
-        raise VerificationError(f"cannot re-emit {where}: {error}") from None
-    _, structure = pytree.tree_flatten(live)
-    by_text = _argument_paths(pattern)
-    paths = tuple(by_text[input_path(captured.inputs[name])] for name in emission.tensors)
-    return Traced(emission, paths, structure, state.cache.cache_outputs)
+    return Capture(captured, found.matches[0], pytree.tree_structure(live))
 
 
 def _argument_paths(pattern: Pattern) -> dict[str, Path]:

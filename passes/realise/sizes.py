@@ -62,6 +62,15 @@ class SizeBook:
                     shape.append(Scaled("tokens"))
             self.labels[path] = tuple(shape)
 
+    def fixed(self) -> dict[str, frozenset[int]]:
+        """Dimensions that did not change with batch or length, by the capture's input path."""
+        return {
+            "kwargs." + ".".join(map(str, path)): frozenset(
+                d for d, label in enumerate(labels) if not isinstance(label, Scaled)
+            )
+            for path, labels in self.labels.items()
+        }
+
     def generic(
         self, named: Mapping[str, Any], tensors: Mapping[Path, torch.Tensor]
     ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.passes.examples import Examples
-from rewriter.passes.realise import Target, realise, share_parameters
+from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.owner import emissions_of
 from rewriter.passes.verify.compare import first_tensor, max_difference
 
@@ -60,10 +60,14 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def check_round_trip(
-    original: nn.Module, rewritten: nn.Module, targets: Sequence[Target], examples: Examples
+    original: nn.Module,
+    rewritten: nn.Module,
+    targets: Sequence[Target],
+    examples: Examples,
+    caches: Caches | None = None,
 ) -> Iterator[ContractResult]:
     """Contract 7 in memory: rewrite again, load the state dict strictly, get the same outputs."""
-    again = realise(share_parameters(original), list(targets), examples)
+    again = realise(share_parameters(original), targets, examples, caches)
     again.load_state_dict(rewritten.state_dict(), strict=True, assign=True)
     with torch.no_grad():
         a = first_tensor(again(*examples.primary.args, **examples.primary.kwargs))

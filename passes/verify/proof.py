@@ -13,7 +13,7 @@ from torch import nn
 from rewriter.errors import RewriterError
 from rewriter.ir.site import AttentionSite
 from rewriter.passes.examples import Call, Examples
-from rewriter.passes.realise import Target, realise, share_parameters
+from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.realise.calls import Observed, map_leaves, observe
 from rewriter.passes.verify.compare import first_tensor, max_difference, tensors_of
@@ -43,7 +43,10 @@ class SiteProof:
 
 
 def prove_sites(
-    model: nn.Module, sites: Sequence[AttentionSite], examples: Examples
+    model: nn.Module,
+    sites: Sequence[AttentionSite],
+    examples: Examples,
+    caches: Caches | None = None,
 ) -> tuple[nn.Module, list[SiteProof]]:
     """Re-emit every site with the exact core and compare with the original.
 
@@ -58,7 +61,9 @@ def prove_sites(
     proofs = [SiteProof(s, 0.0, _not_once(len(seen[s.fqn]))) for s in sites]
     good = [p.site for p in proofs if p.refusal is None]
     while True:
-        identity = realise(share_parameters(model), [Target(s, EXACT, {}) for s in good], examples)
+        identity = realise(
+            share_parameters(model), [Target(s, EXACT, {}) for s in good], examples, caches
+        )
         compared = {p.site.index: p for p in _compare(model, identity, good, examples)}
         proofs = [compared.get(p.site.index, p) for p in proofs]
         left = [p.site for p in proofs if p.refusal is None]

@@ -10,12 +10,34 @@ from tiny_models import CAUSAL, EAGER_ONLY, ENCODERS, VOCABULARY, build
 
 import rewriter
 
+EVERY_NIGHT = (
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "roberta",
+    "distilbert",
+    "modernbert",
+    "vit",
+    "dinov2",
+)
+"""Their eager spelling differs from that of the others in no way that re-emission could notice."""
 CASES = [
-    (name, implementation)
+    pytest.param(
+        name,
+        implementation,
+        marks=[pytest.mark.nightly] if implementation == "eager" and name in EVERY_NIGHT else [],
+    )
     for name in (*CAUSAL, *ENCODERS)
     for implementation in ("sdpa", "eager")
     if not (name in EAGER_ONLY and implementation == "sdpa")
 ]
+NOT_BIT_EXACT = {"falcon": 1e-6}
+"""One key head meets all query heads by broadcasting there, by sharing here: another summation."""
 BIASED = {"bloom"}
 LIMITED = {"mistral", "gemma2", "gemma3", "modernbert"}  # own windows: a linear branch sees more
 
@@ -41,7 +63,9 @@ def test_every_site_is_found_proved_and_rewritten(name: str, implementation: str
     assert [d.status for d in report.plan.decisions] == ["done", "done"]
     assert report.passed
     identity = [c for c in report.contracts if c.check == "identity plan equals the original"]
-    assert identity[0].measured == 0.0, "the identity plan changes bits"
+    measured = identity[0].measured
+    assert measured is not None
+    assert measured <= NOT_BIT_EXACT.get(name, 0.0), "the identity plan changes bits"
     expected = call(model)
     difference = (call(result) - expected).abs().max() / expected.abs().max()
     assert difference <= 1e-4
