@@ -71,7 +71,16 @@ def test_every_site_is_found_proved_and_rewritten(name: str, implementation: str
     assert difference <= 1e-4
 
 
-@pytest.mark.parametrize("name", sorted(set(CAUSAL) - BIASED - LIMITED))
+def mostly(names: set[str], daily: set[str]) -> list[Any]:
+    """All names; those outside `daily` run at night."""
+    return [
+        pytest.param(n, marks=[] if n in daily else [pytest.mark.nightly]) for n in sorted(names)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", mostly(set(CAUSAL) - BIASED - LIMITED, {"llama", "gpt2", "gpt_neox", "falcon"})
+)
 def test_learned_mixers_keep_every_contract(name: str) -> None:
     policy = {
         "rules": [
@@ -85,7 +94,9 @@ def test_learned_mixers_keep_every_contract(name: str) -> None:
     assert report.passed
 
 
-@pytest.mark.parametrize("name", sorted(CAUSAL))
+@pytest.mark.parametrize(
+    "name", mostly(set(CAUSAL), {"llama", "mistral", "gemma2", "gpt2", "bloom", "gpt_neox"})
+)
 def test_generation_with_and_without_cache_and_padding(name: str) -> None:
     model = build(name)
     policy = {"rules": [{"use": "sink_window", "options": {"window": 5, "sinks": 2}}]}
