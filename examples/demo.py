@@ -24,17 +24,13 @@ from typing import Any
 
 from rich.console import Console
 
+from rewriter.plan import Plan
+
 HERE = Path(__file__).parent
 TEXT = HERE / "data" / "state_of_the_union.txt"
 RECIPE = HERE / "demo_distill.yaml"
 POLICY = "smollm2-hybrid"
-WINDOW_ONLY = {
-    "name": "window-only",
-    "rules": [
-        {"use": "keep", "layers": [0, 7, 14, 15, 18, 19, 20, 23]},
-        {"use": "sink_window", "options": {"window": 64, "sinks": 4}},
-    ],
-}
+KEPT_OPTIONS = ("window", "sinks")
 LENGTH = 1024
 ROWS = 6
 console = Console()
@@ -54,11 +50,12 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     """Teacher and students on held-out text, with intervals; also what each branch is worth."""
     import torch
 
-    import rewriter
+    from rewriter import plan_of
     from rewriter.checkpoint import load, open_checkpoint
     from rewriter.cli.show_quality import quality_view
     from rewriter.distill.data import packed_corpus
     from rewriter.evaluate import QualityReport, SuiteOptions, measure, measure_branches
+    from rewriter.passes.realise import apply_plan, share_parameters
 
     torch.set_num_threads(threads)
     source = open_checkpoint(teacher, dtype="float32")
@@ -66,9 +63,10 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     rows = packed_corpus(TEXT, tokenizer, LENGTH, 0.1).held_out.ids
     options = SuiteOptions(rows=ROWS)
     distilled = load(folder / "distilled", dtype="float32")
+    window_only = apply_plan(share_parameters(original), _window_only(plan_of(distilled)))
     models = {
         "teacher": original,
-        "window only": rewriter.rewrite(original, WINDOW_ONLY, verify="none"),
+        "window only": window_only,
         "undistilled": load(folder / "converted", dtype="float32"),
         "distilled": distilled,
     }
@@ -85,6 +83,19 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     report = QualityReport(columns, ablation, "distilled", (_gain(columns, ablation),))
     console.print(*quality_view(report))
     return report.to_json()
+
+
+def _window_only(plan: Plan) -> Plan:
+    """The same placement and window without a linear branch: what it has to beat."""
+    decisions = [
+        d
+        if d.target == "keep"
+        else d.model_copy(
+            update={"target": "sink_window", "options": {k: d.options[k] for k in KEPT_OPTIONS}}
+        )
+        for d in plan.decisions
+    ]
+    return plan.model_copy(update={"decisions": decisions})
 
 
 def _some(row: Any, options: Any) -> dict[str, Any]:
