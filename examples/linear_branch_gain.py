@@ -60,9 +60,12 @@ def main() -> None:
         ),
         "window only": (window_only(hybrid), {"logits": {"max_seconds": seconds}}),
     }
-    columns = {
-        "teacher": measure(source.model, source.tokenizer, corpus.held_out.ids, options=suite)
-    }
+    judged = corpus.held_out.ids
+    columns = {"teacher": measure(source.model, source.tokenizer, judged, options=suite)}
+    if options.hybrid is not None:
+        del budgets["with linear branch"]
+        student = rewriter.load(options.hybrid, dtype="float32")
+        columns["with linear branch"] = measure(student, source.tokenizer, judged, options=suite)
     for name, (policy, stages) in budgets.items():
         student = rewriter.rewrite(source.model, policy, verify="none")
         config = parse_config({"length": LENGTH, "checkpoint_every": 0, **stages})
