@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ HERE = Path(__file__).parent
 TEXT = HERE / "data" / "state_of_the_union.txt"
 RECIPE = HERE / "demo_distill.yaml"
 POLICY = "smollm2-hybrid"
+JUDGED = ("perplexity", "copy perplexity")
 KEPT_OPTIONS = ("window", "sinks")
 LENGTH = 1024
-ROWS = 6
+ROWS = 4
 console = Console()
 
 
@@ -54,14 +56,15 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     from rewriter.checkpoint import load, open_checkpoint
     from rewriter.cli.show_quality import quality_view
     from rewriter.distill.data import packed_corpus
-    from rewriter.evaluate import QualityReport, SuiteOptions, measure, measure_branches
+    from rewriter.evaluate import QualityReport, SuiteOptions, measure, without_branch
     from rewriter.passes.realise import apply_plan, share_parameters
 
     torch.set_num_threads(threads)
     source = open_checkpoint(teacher, dtype="float32")
     tokenizer, original = source.tokenizer, source.model
     rows = packed_corpus(TEXT, tokenizer, LENGTH, 0.1).held_out.ids
-    options = SuiteOptions(rows=ROWS)
+    everything = SuiteOptions(rows=ROWS, copy_samples=5, passkey_lengths=(256, 768))
+    options = replace(everything, metrics=("perplexity", "copy", "passkey"))
     distilled = load(folder / "distilled", dtype="float32")
     window_only = apply_plan(share_parameters(original), _window_only(plan_of(distilled)))
     models = {
@@ -73,13 +76,13 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     columns = {}
     for name, model in models.items():
         with console.status(f"measuring {name}"):
-            other = None if name == "teacher" else original
-            columns[name] = measure(model, tokenizer, rows, teacher=other, options=options)
-    with console.status("measuring without each branch"):
-        few = SuiteOptions(rows=ROWS, metrics=("perplexity", "copy"))
-        ablation = measure_branches(
-            distilled, tokenizer, rows, options=few, whole=_some(columns["distilled"], few)
-        )
+            last = name == "distilled"
+            suite = everything if last else options
+            columns[name] = measure(model, tokenizer, rows, teacher=original, options=suite)
+    ablation = {"nothing": {m: columns["distilled"][m] for m in JUDGED}}
+    few = replace(everything, metrics=("perplexity", "copy"))
+    with console.status("measuring without the linear branch"), without_branch(distilled, "linear"):
+        ablation["linear"] = measure(distilled, tokenizer, rows, options=few)
     report = QualityReport(columns, ablation, "distilled", (_gain(columns, ablation),))
     console.print(*quality_view(report))
     return report.to_json()
@@ -98,14 +101,10 @@ def _window_only(plan: Plan) -> Plan:
     return plan.model_copy(update={"decisions": decisions})
 
 
-def _some(row: Any, options: Any) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k in ("perplexity", "copy perplexity")}
-
-
 def _gain(columns: Any, ablation: Any) -> str:
     """What the linear branch adds, in words and figures, also if it adds nothing."""
     parts = []
-    for metric in ("perplexity", "copy perplexity"):
+    for metric in JUDGED:
         on = columns["distilled"][metric].value
         off = ablation["linear"][metric].value
         window = columns["window only"][metric].value
