@@ -34,7 +34,7 @@ POLICY = "smollm2-hybrid"
 JUDGED = ("perplexity", "copy perplexity")
 KEPT_OPTIONS = ("window", "sinks")
 LENGTH = 1024
-ROWS = 4
+ROWS = 3
 console = Console()
 
 
@@ -63,8 +63,8 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     source = open_checkpoint(teacher, dtype="float32")
     tokenizer, original = source.tokenizer, source.model
     rows = packed_corpus(TEXT, tokenizer, LENGTH, 0.1).held_out.ids
-    everything = SuiteOptions(rows=ROWS, copy_samples=5, passkey_lengths=(256, 768))
-    options = replace(everything, metrics=("perplexity", "copy", "passkey"))
+    everything = SuiteOptions(rows=ROWS, copy_samples=4, passkey_lengths=(256, 512))
+    few = replace(everything, metrics=("perplexity", "copy"))
     distilled = load(folder / "distilled", dtype="float32")
     window_only = apply_plan(share_parameters(original), _window_only(plan_of(distilled)))
     models = {
@@ -76,11 +76,10 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     columns = {}
     for name, model in models.items():
         with console.status(f"measuring {name}"):
-            last = name == "distilled"
-            suite = everything if last else options
-            columns[name] = measure(model, tokenizer, rows, teacher=original, options=suite)
+            gap_to = original if name == "distilled" else None
+            suite = everything if name in ("teacher", "distilled") else few
+            columns[name] = measure(model, tokenizer, rows, teacher=gap_to, options=suite)
     ablation = {"nothing": {m: columns["distilled"][m] for m in JUDGED}}
-    few = replace(everything, metrics=("perplexity", "copy"))
     with console.status("measuring without the linear branch"), without_branch(distilled, "linear"):
         ablation["linear"] = measure(distilled, tokenizer, rows, options=few)
     report = QualityReport(columns, ablation, "distilled", (_gain(columns, ablation),))

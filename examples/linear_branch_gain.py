@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = open_checkpoint(next((options.assets / "smollm2").glob("*.gguf")), dtype="float32")
     corpus = packed_corpus(TEXT, source.tokenizer, LENGTH, 0.1)
-    suite = SuiteOptions(rows=6, copy_samples=12, metrics=("perplexity", "copy"))
+    suite = SuiteOptions(rows=4, copy_samples=6, metrics=("perplexity", "copy"))
     hybrid = Policy.load(POLICY)
     seconds = options.minutes * 60
     budgets = {
