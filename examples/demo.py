@@ -34,7 +34,7 @@ POLICY = "smollm2-hybrid"
 JUDGED = ("perplexity", "copy perplexity")
 KEPT_OPTIONS = ("window", "sinks")
 LENGTH = 1024
-ROWS = 3
+ROWS = 2
 console = Console()
 
 
@@ -63,14 +63,14 @@ def compare(teacher: Path, folder: Path, threads: int) -> dict[str, Any]:
     source = open_checkpoint(teacher, dtype="float32")
     tokenizer, original = source.tokenizer, source.model
     rows = packed_corpus(TEXT, tokenizer, LENGTH, 0.1).held_out.ids
-    everything = SuiteOptions(rows=ROWS, copy_samples=4, passkey_lengths=(256, 512))
+    everything = SuiteOptions(rows=ROWS, copy_samples=3, passkey_lengths=(256,), passkey_samples=4)
     few = replace(everything, metrics=("perplexity", "copy"))
     distilled = load(folder / "distilled", dtype="float32")
     window_only = apply_plan(share_parameters(original), _window_only(plan_of(distilled)))
     models = {
         "teacher": original,
         "window only": window_only,
-        "undistilled": load(folder / "converted", dtype="float32"),
+        "untrained": load(folder / "converted", dtype="float32"),
         "distilled": distilled,
     }
     columns = {}
