@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import rewriter
 from rewriter.checkpoint import open_checkpoint
@@ -79,7 +79,7 @@ def main() -> None:
                 times[name].append(median(single[name]) * 1e3)
                 sizes[name].append(cache_bytes(caches[name]))
             at = length
-    table = Table("model", *(f"{n:,}" for n in LENGTHS), "8,192 over 512")
+    table = Table(Column("model", no_wrap=True), *(f"{n:,}" for n in LENGTHS), "8,192 over 512")
     for name in models:
         row = [f"{t:.1f} ms" for t in times[name]]
         table.add_row(name, *row, f"{times[name][-1] / times[name][0]:.2f}")
