@@ -106,7 +106,8 @@ class ReEmitted(nn.Module):
         state: OwnerState = self.__dict__[STATE]
         named = state.signature.bind(args, kwargs)
         # A fused core has no weights to give, so exact and new cores share its emissions.
-        provides = state.site.spelling == "eager" and bool(self.core.provides_weights)
+        exact = bool(getattr(self.core, "provides_weights", False))
+        provides = exact and state.site.spelling == "eager"
         pattern, tensors, cache = read(named, self.training, provides)
         traced = state.cache.traced.get(pattern)
         if traced is None:
