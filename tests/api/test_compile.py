@@ -9,7 +9,9 @@ from tiny_models import VOCABULARY, build
 import rewriter
 
 
-@pytest.mark.parametrize("mixer", ["sink_window", "hedgehog_window"])
+@pytest.mark.parametrize(
+    "mixer", [pytest.param("sink_window", marks=pytest.mark.nightly), "hedgehog_window"]
+)
 def test_one_graph_without_breaks(mixer: str) -> None:
     policy = {"rules": [{"use": mixer, "options": {"window": 5, "sinks": 2}}]}
     result = rewriter.rewrite(build("llama"), policy, verify="none")
