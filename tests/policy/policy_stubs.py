@@ -21,6 +21,10 @@ class WindowOptions(MixerOptions):
     sinks: int = Field(default=4, ge=0)
 
 
+class HybridOptions(WindowOptions):
+    initial_log_ratio: float = -6.0
+
+
 def _mixer(name: str, tier: str, options: type[MixerOptions], *kinds: str) -> type[Mixer]:
     class Fake(Mixer):
         info: ClassVar[MixerInfo] = MixerInfo(
@@ -43,7 +47,7 @@ def stub_registry() -> ModuleType:
         "keep": _mixer("keep", "exact", NoOptions, *both),
         "sink_window": _mixer("sink_window", "approximate", WindowOptions, *both),
         "hedgehog": _mixer("hedgehog", "distilled", NoOptions, *both),
-        "hedgehog_window": _mixer("hedgehog_window", "distilled", WindowOptions, "causal"),
+        "hedgehog_window": _mixer("hedgehog_window", "distilled", HybridOptions, "causal"),
     }
     module = ModuleType("rewriter.mixers.registry")
     module.available = lambda: tuple(mixers)  # type: ignore[attr-defined]

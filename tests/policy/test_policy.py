@@ -39,7 +39,8 @@ def test_preset_smollm2_hybrid_keeps_the_scanned_layers() -> None:
     kept = {d.index for d in plan.decisions if d.target == "keep"}
     assert kept == chosen_layers
     others = [d for d in plan.decisions if d.target != "keep"]
-    assert all(d.options == {"window": 64, "sinks": 4} for d in others)
+    expected = {"window": 64, "sinks": 4, "initial_log_ratio": -3.0}
+    assert all(d.options == expected for d in others)
     assert {d.target for d in others} == {"hedgehog_window"}
 
 
