@@ -45,12 +45,16 @@ def main() -> None:
         "--hybrid", type=Path, help="the demo's distilled checkpoint, if it is there"
     )
     parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--rows", type=int, default=4, help="judged by perplexity")
+    parser.add_argument("--passages", type=int, default=6, help="judged by copying")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     source = open_checkpoint(next((options.assets / "smollm2").glob("*.gguf")), dtype="float32")
     corpus = packed_corpus(TEXT, source.tokenizer, LENGTH, 0.1)
-    suite = SuiteOptions(rows=4, copy_samples=6, metrics=("perplexity", "copy"))
+    suite = SuiteOptions(
+        rows=options.rows, copy_samples=options.passages, metrics=("perplexity", "copy")
+    )
     hybrid = Policy.load(POLICY)
     seconds = options.minutes * 60
     budgets = {
