@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +13,7 @@ from torch import nn
 
 from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
+from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.ir.site import AttentionSite, NearMiss
 from rewriter.passes.capture import capture
 from rewriter.passes.examples import Examples, examples_for
@@ -73,7 +73,7 @@ def rewrite(
         raise UsageError("the model is rewritten already; rewrite the original model instead")
     clock = _Clock()
     examples = examples_for(model, example_inputs)
-    with evaluating(model):
+    with evaluation_mode(model):
         found = _find(model, examples)
         clock.lap("find")
         _mind_misses(found.misses, on_miss)
@@ -112,7 +112,7 @@ def rewrite(
 
 def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """Find the attention of a model and say what was not understood; changes nothing."""
-    with evaluating(model):
+    with evaluation_mode(model):
         return _find(model, examples_for(model, example_inputs))
 
 
@@ -211,18 +211,6 @@ def _restore_modes(model: nn.Module, result: nn.Module) -> None:
     for name, module in result.named_modules():
         owner = name.rsplit(".core", 1)[0] if name not in flags else name
         module.training = flags.get(owner, model.training)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the context; every module's own flag is restored after it."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 class _Clock:

@@ -14,17 +14,23 @@ CHUNK = 512  # predictions whose logits are held in float32 at once
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inference mode, and evaluation mode for the models, which get their own mode back."""
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the context; every module gets its own mode back."""
     before = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and inference mode."""
+    with evaluation_mode(*models), torch.inference_mode():
+        yield
 
 
 def logits_of(
