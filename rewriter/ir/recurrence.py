@@ -90,7 +90,7 @@ class Recurrence:
         return self.value_dim + (self.normaliser != "none")
 
     def state_spec(self) -> StateSpec:
-        """`S` (B, Hkv, Dk, state_width) float32, last column the normaliser; 'max': `m` (B, Hkv)."""
+        """`S` (B, Hkv, Dk, state_width) float32, normaliser last; 'max': `m` (B, Hkv)."""
         shape = (BATCH, KV_HEADS, self.key_dim, self.state_width)
         tensors = [StateTensor("S", shape, "float32")]
         if self.normaliser == "max":
