@@ -7,17 +7,34 @@ section 1.1). `i` and `j` are absolute positions; `valid(b, j)` says that key j 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import sympy
 import torch
-from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanTrue, Not, Or
+from sympy.logic.boolalg import And, Boolean, Or
 
-B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E741 (query position)
-VALID = sympy.Function("valid")
+from rewriter.ir.predicate import VALID, B, H, I, J, evaluate
+
+__all__ = [
+    "ATOMS",
+    "VALID",
+    "Atom",
+    "B",
+    "Causal",
+    "Chunk",
+    "H",
+    "I",
+    "J",
+    "KeyPadding",
+    "Mask",
+    "SymmetricWindow",
+    "Window",
+    "WindowOrSinks",
+    "evaluate",
+]
 
 
 @dataclass(frozen=True)
@@ -193,55 +210,3 @@ class Mask:
 def _conjunction(atoms: tuple[Atom, ...]) -> Boolean:
     """Memoised: building a sympy expression takes a millisecond, evaluating it microseconds."""
     return And(*(a.predicate() for a in atoms))
-
-
-_RELATIONS: Mapping[type[Any], Callable[[Any, Any], torch.Tensor]] = {
-    sympy.Le: lambda a, b: torch.as_tensor(a <= b),
-    sympy.Lt: lambda a, b: torch.as_tensor(a < b),
-    sympy.Ge: lambda a, b: torch.as_tensor(a >= b),
-    sympy.Gt: lambda a, b: torch.as_tensor(a > b),
-    sympy.Eq: lambda a, b: torch.as_tensor(a == b),
-    sympy.Ne: lambda a, b: torch.as_tensor(a != b),
-}
-
-
-def evaluate(predicate: Boolean, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """Evaluate a predicate over (i, j) on broadcastable int64 position tensors; returns bool."""
-    if isinstance(predicate, BooleanTrue):
-        return torch.ones_like(i - j, dtype=torch.bool)
-    if isinstance(predicate, BooleanFalse):
-        return torch.zeros_like(i - j, dtype=torch.bool)
-    if isinstance(predicate, And | Or):
-        parts = [evaluate(arg, i, j) for arg in predicate.args]
-        out = parts[0]
-        for part in parts[1:]:
-            out = out & part if isinstance(predicate, And) else out | part
-        return out
-    if isinstance(predicate, Not):
-        return ~evaluate(predicate.args[0], i, j)
-    relation = _RELATIONS.get(type(predicate))
-    if relation is None:
-        raise ValueError(f"cannot evaluate the mask predicate {predicate}")
-    return relation(_number(predicate.args[0], i, j), _number(predicate.args[1], i, j))
-
-
-def _number(expr: sympy.Basic, i: torch.Tensor, j: torch.Tensor) -> Any:
-    if expr == I:
-        return i
-    if expr == J:
-        return j
-    if isinstance(expr, sympy.Integer):
-        return int(expr)
-    if isinstance(expr, sympy.Add):
-        return sum((_number(a, i, j) for a in expr.args[1:]), _number(expr.args[0], i, j))
-    if isinstance(expr, sympy.Mul):
-        out: Any = 1
-        for a in expr.args:
-            out = out * _number(a, i, j)
-        return out
-    if isinstance(expr, sympy.Abs):
-        return abs(_number(expr.args[0], i, j))
-    if isinstance(expr, sympy.floor):
-        numerator, denominator = expr.args[0].as_numer_denom()
-        return _number(numerator, i, j) // _number(denominator, i, j)
-    raise ValueError(f"cannot evaluate {expr} in a mask predicate")
