@@ -1,0 +1,98 @@
+"""What code is generated for: vector width and instructions of the processor, found at run time."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+VARIABLE = "ATTENTION_REWRITER_ISA"
+
+
+@dataclass(frozen=True)
+class Target:
+    """An instruction set that units are compiled for.
+
+    Attributes:
+        isa: its name.
+        lanes: floats in a vector.
+        flags: what the compiler is told.
+        bf16_dot: bf16 operands are packed in pairs for a two-term dot product. Without the
+            instruction (in tests) the same packing runs on an emulation with the same rounding.
+    """
+
+    isa: str
+    lanes: int
+    flags: tuple[str, ...]
+    bf16_dot: bool = False
+
+
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (
+    *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+    "-mprefer-vector-width=512",
+)
+
+TARGETS: dict[str, Target] = {
+    t.isa: t
+    for t in (
+        Target("avx512_bf16", 16, (*_AVX512, "-mavx512bf16"), bf16_dot=True),
+        Target("avx512", 16, _AVX512),
+        Target("avx2", 8, _AVX2),
+        Target("portable", 4, ()),
+        # The sources of the widest targets on a narrower machine: for tests, never chosen.
+        Target("wide_on_avx2", 16, _AVX2, bf16_dot=True),
+    )
+}
+
+# Flags of /proc/cpuinfo that a target needs, the best target first.
+_NEEDS: tuple[tuple[str, frozenset[str]], ...] = (
+    (
+        "avx512_bf16",
+        frozenset(("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16", "fma")),
+    ),
+    ("avx512", frozenset(("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"))),
+    ("avx2", frozenset(("avx2", "fma"))),
+)
+
+
+def host_target() -> Target | str:
+    """The best target of this processor, or the one that $ATTENTION_REWRITER_ISA names.
+
+    A name that is not known gives the reason as a string.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return _detected()
+    if wanted not in TARGETS:
+        return f"${VARIABLE} names {wanted!r}, which is none of {', '.join(TARGETS)}"
+    return TARGETS[wanted]
+
+
+@lru_cache(maxsize=1)
+def _detected() -> Target:
+    flags = cpu_flags()
+    for isa, needs in _NEEDS:
+        if needs <= flags:
+            return TARGETS[isa]
+    return TARGETS["portable"]
+
+
+@lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """Instruction set extensions of this processor, in the kernel's names."""
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return frozenset()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    level = torch.backends.cpu.get_cpu_capability()  # where there is no such file
+    names = {"AVX512": _NEEDS[1][1] | _NEEDS[2][1], "AVX2": _NEEDS[2][1]}
+    return names.get(level, frozenset())
