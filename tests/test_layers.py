@@ -23,7 +23,13 @@ ORDER = (
     ("rewriter.targets", "rewriter.plan"),
     ("rewriter.policy", "rewriter.policies"),
     ("rewriter.passes",),
-    ("rewriter.report", "rewriter.distill", "rewriter.checkpoint", "rewriter.evaluate"),
+    (
+        "rewriter.report",
+        "rewriter.bench",
+        "rewriter.distill",
+        "rewriter.checkpoint",
+        "rewriter.evaluate",
+    ),
     ("rewriter.api",),
     ("rewriter.cli", "rewriter.__main__"),
 )

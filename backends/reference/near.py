@@ -95,7 +95,7 @@ def attend(
     """
     B, H, n, Dk = q.shape
     Hkv, Dv = k.shape[1], v.shape[-1]
-    keys, values, key_valid = _context(spec, k, v, valid, state)
+    keys, values, key_valid = context_of(spec, k, v, valid, state)
     blocks = _blocks(spec, n, keys.shape[-2] - n)
     C, nb, G = blocks.size, blocks.count, H // Hkv
     sinks = gather_sinks(spec.sinks, k, v, valid, state)
@@ -164,14 +164,14 @@ def next_state(spec: WindowAttention, near: Context, state: State, n: int) -> St
     }
 
 
-def _context(
+def context_of(
     spec: WindowAttention,
     k: torch.Tensor,
     v: torch.Tensor,
     valid: torch.Tensor | None,
     state: State | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and validity of the new tokens behind window - 1 earlier ones."""
+    """Keys, values and validity (as in `Context`): window - 1 earlier tokens, then the new ones."""
     n = k.shape[-2]
     if state is None:
         left = min(spec.window, n) - 1

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rewriter.cli.benching import bench
 from rewriter.cli.catalogue import mixers
 from rewriter.cli.converting import convert
 from rewriter.cli.distilling import distill
@@ -71,6 +72,12 @@ _add(
     'rewriter generate ./student --prompt "Once upon a time" --max-new-tokens 40',
 )
 _add(mixers, "mixers", "rewriter mixers hedgehog_window")
+_add(
+    bench,
+    "bench",
+    "rewriter bench --only dense,linear --lengths 1024,4096",
+    "rewriter bench --dtype bfloat16 --threads 2 --out figures.json --plot figures.svg",
+)
 
 
 def _version(wanted: bool) -> None:

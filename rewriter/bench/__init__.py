@@ -1,0 +1,1 @@
+"""Kernel timings against what a person would use instead, interleaved in one process."""
