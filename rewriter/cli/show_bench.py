@@ -24,15 +24,17 @@ def bench_view(measured: Table) -> Iterator[RenderableType]:
         ("ratio", "right"),
         ("GFLOP/s", "right"),
         ("peak", "right"),
-        "by",
     )
-    yield table(columns, rows, fold=("kernel",))
+    yield table(columns, rows)
     for case in dict.fromkeys(p.case for p in measured.points):
         crossover = measured.crossover(case)
         if crossover is None:
             yield Text(f"{case}: slower than the best stock way at the longest length measured")
         elif crossover > 0:
             yield Text(f"{case}: faster from about {crossover:.0f} tokens")
+    for backend in dict.fromkeys(p.backend for p in measured.points):
+        cases = dict.fromkeys(p.case for p in measured.points if p.backend == backend)
+        yield Text(f"run by backend '{backend}': {', '.join(cases)}")
     reasons = {(p.case, name, why) for p in measured.points for name, why in p.declined}
     for case, name, why in sorted(reasons):
         yield Text(f"{case}: not on backend '{name}': {why}")
@@ -57,7 +59,7 @@ def duration(seconds: float) -> str:
 
 def _row(p: Point) -> tuple[str, ...]:
     return (
-        p.title,
+        p.case,
         str(p.length),
         duration(p.seconds[OURS]),
         p.best if p.best != OURS else "none",
@@ -65,5 +67,4 @@ def _row(p: Point) -> tuple[str, ...]:
         f"{p.ratio:.2f}x",
         f"{p.gflops:.1f}" if p.gflops else "",
         f"{p.peak_bytes / 2**20:.1f} MiB" if p.peak_bytes is not None else "",
-        p.backend,
     )
