@@ -1,0 +1,110 @@
+"""The raw recurrence kernels of the Triton backend; interface: `backends/inputs.py`.
+
+Not yet timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
+from rewriter.backends.triton.launch import Runner, execute, unavailable
+from rewriter.backends.triton.recurrence_forward import (
+    Call,
+    chunk_states,
+    decay_sums,
+    read_outputs,
+)
+from rewriter.backends.triton.recurrence_scores import channel_scores
+from rewriter.backends.triton.targets import Target, target_of
+from rewriter.ir.recurrence import Recurrence
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | None:
+    """Why these kernels cannot serve a spec, or None if they can."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if dtype not in DTYPES:
+        return f"Triton kernels compute in float32, float16 and bfloat16, not {dtype}"
+    if max(spec.key_dim, spec.value_dim) > 256:
+        return "head dims above 256 do not fit the registers of one program"
+    if spec.normaliser == "max":
+        return "the max-stabilised normaliser has no Triton kernel yet"
+    if not spec.causal and spec.decay != "none" and spec.normaliser != "none":
+        return "a bidirectional decay with a normaliser has no Triton kernel yet"
+    return None
+
+
+def forward(
+    spec: Recurrence, x: RecurrenceInputs, run: Runner = execute, target: Target | None = None
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, N, Dv) in the dtype of v, and the end state, float32.
+
+    Args:
+        run, target: replaced to compile for a GPU that is not there.
+    """
+    target = target or target_of(x.v.device)
+    if not spec.causal:
+        return _both_ways(spec, x, run, target), _unchanged(spec, x)
+    call = Call.of(spec, x, run, target)
+    sums = decay_sums(call)
+    scores = None
+    if spec.decay == "channel" and sums is not None:
+        scores = channel_scores(call, call.x.q, sums.reach, sums, call.exclusive)
+    states = chunk_states(call, sums)
+    out, _ = read_outputs(call, sums, states, scores=scores)
+    return out, states.end
+
+
+def _both_ways(spec: Recurrence, x: RecurrenceInputs, run: Runner, target: Target) -> Tensor:
+    x = replace(x, start=None)
+    if spec.decay == "none":
+        call = Call.of(spec, x, run, target)
+        return read_outputs(call, None, chunk_states(call, None))[0]
+    call = Call.of(spec, x, run, target)
+    ahead, _ = forward(replace(spec, causal=True), x, run, target)
+    late, _ = forward(*mirrored(spec, x), run, target)
+    del call
+    return ahead + late.flip(2)
+
+
+def mirrored(spec: Recurrence, x: RecurrenceInputs) -> tuple[Recurrence, RecurrenceInputs]:
+    """The later tokens of a symmetric decay, as an exclusive read of the reversed sequence.
+
+    Token i reads j > i with exp(g_{i+1} + ... + g_j); reversed, the exclusive read lacks only the
+    decay of the written token itself, which its key takes along.
+    """
+    assert x.decay is not None
+    decay = x.decay
+    if spec.decay == "head":
+        decay = decay[None, :, None].expand(x.k.shape[:3])
+    k = (x.k.float() * decay.float().exp()[..., None]).to(x.k.dtype)
+    cuts = x.cu_seqlens
+    turned = RecurrenceInputs(
+        x.q.flip(2),
+        k.flip(2),
+        x.v.flip(2),
+        decay.flip(2),
+        cu_seqlens=None if cuts is None else (x.q.shape[2] - cuts).flip(0),
+    )
+    return replace(spec, causal=True, decay="token", read="exclusive"), turned
+
+
+def _unchanged(spec: Recurrence, x: RecurrenceInputs) -> Tensor:
+    if x.start is not None:
+        return x.start.float().clone()
+    rows = x.q.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    shape = (rows, x.k.shape[1], spec.key_dim, spec.state_width)
+    return torch.zeros(shape, dtype=torch.float32, device=x.v.device)
+
+
+def backward(
+    spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor, grad_end: Tensor | None
+) -> RecurrenceGrads:
+    raise NotImplementedError
