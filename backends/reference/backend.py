@@ -7,9 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rewriter.backends.reference.joint import joint_window_linear
-from rewriter.backends.reference.linear import linear_attention
+from rewriter.backends.reference.recurrence.kernel import recurrence
 from rewriter.backends.reference.window import window_attention
-from rewriter.ir.kernels import LinearAttention, WindowAttention
+from rewriter.ir.kernels import WindowAttention
+from rewriter.ir.recurrence import Recurrence
 
 if TYPE_CHECKING:
     from rewriter.backends.registry import Query
@@ -28,6 +29,6 @@ class ReferenceBackend:
         spec = query.spec
         if isinstance(spec, WindowAttention):
             return partial(window_attention, spec)
-        if isinstance(spec, LinearAttention):
-            return partial(linear_attention, spec)
+        if isinstance(spec, Recurrence):
+            return partial(recurrence, spec)
         return partial(joint_window_linear, spec)

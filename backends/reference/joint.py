@@ -10,9 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-from rewriter.backends.reference.far import normalise, scan, with_ones
 from rewriter.backends.reference.near import Context, attend, next_state
 from rewriter.backends.reference.precision import full_precision
+from rewriter.backends.reference.recurrence.flow import Flow
+from rewriter.backends.reference.recurrence.normaliser import normalise, with_ones
+from rewriter.backends.reference.recurrence.scan import scan
 from rewriter.backends.reference.step import attend_one, serves
 from rewriter.ir.kernels import JointWindowLinear, WindowAttention
 from rewriter.ir.state import State
@@ -63,8 +65,9 @@ def joint_window_linear(
         if state is not None or n > spec.window:
             leaving = key_features(context.keys[:, :, :n])
             values = with_ones(context.values[:, :, :n], _far_keys(spec, context, state, n))
-            start = None if state is None else state["far"]
-            read, end = scan(fq, leaving, values, start, inclusive=False)
+            dtype = values.dtype
+            flow = Flow(fq.to(dtype), leaving.to(dtype), values, exclusive=True)
+            read, end = scan(flow, None if state is None else state["far"].to(dtype))
             if "linear" not in spec.hidden:
                 mass = mass + ratio.float()[None, :, None, None] * read
             if state is not None:

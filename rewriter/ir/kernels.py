@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.state import BATCH, KEY_DIM, KV_HEADS, VALUE_DIM, StateSpec, StateTensor
 
 
@@ -34,19 +35,6 @@ class WindowAttention:
 
 
 @dataclass(frozen=True)
-class LinearAttention:
-    """sum_j f(q_i).f(k_j) v_j / sum_j f(q_i).f(k_j) over features that are already mapped.
-
-    Causal (j <= i, recurrent state) or over all valid keys. State and normaliser are float32.
-    `features` is the width of the mapped queries and keys.
-    Catalogue: LIN-S without decay, GLOBAL, ones-column normaliser.
-    """
-
-    causal: bool
-    features: int
-
-
-@dataclass(frozen=True)
 class JointWindowLinear:
     """Sinks and window in softmax, every older key in the linear branch, one joint normaliser.
 
@@ -65,7 +53,7 @@ class JointWindowLinear:
     hidden: frozenset[str] = frozenset()
 
 
-KernelSpec = WindowAttention | LinearAttention | JointWindowLinear
+KernelSpec = WindowAttention | Recurrence | JointWindowLinear
 
 
 def state_of(spec: KernelSpec) -> StateSpec:
@@ -75,8 +63,8 @@ def state_of(spec: KernelSpec) -> StateSpec:
     window - 1 keys `ring_k/v` in order of age with `ring_valid`, and the number of tokens `seen`.
     Far keys: `far`, float32 sums of f(k) [v, 1]^T; its last column is the normaliser.
     """
-    if isinstance(spec, LinearAttention):
-        return StateSpec((_far(spec.features),))
+    if isinstance(spec, Recurrence):
+        return spec.state_spec()
     slots, ring = spec.sinks, spec.window - 1
     near = (
         StateTensor("sink_k", (BATCH, KV_HEADS, slots, KEY_DIM)),
@@ -89,8 +77,5 @@ def state_of(spec: KernelSpec) -> StateSpec:
     )
     if isinstance(spec, WindowAttention):
         return StateSpec(near)
-    return StateSpec((*near, _far(spec.features)))
-
-
-def _far(features: int) -> StateTensor:
-    return StateTensor("far", (BATCH, KV_HEADS, features, VALUE_DIM + 1), "float32")
+    far = StateTensor("far", (BATCH, KV_HEADS, spec.features, VALUE_DIM + 1), "float32")
+    return StateSpec((*near, far))

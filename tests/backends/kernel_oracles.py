@@ -52,7 +52,7 @@ def window_rows(
 
 
 def linear_rows(fq: Tensor, fk: Tensor, v: Tensor, valid: Tensor, *, causal: bool) -> Tensor:
-    """The token recurrence S += f(k) v^T, z += f(k)."""
+    """The token recurrence S += f(k) v^T, z += f(k); padded tokens read 0."""
     fq, fk, v = fq.double(), fk.double(), v.double()
     B, H, n, m = fq.shape
     group = H // fk.shape[1]
@@ -70,7 +70,7 @@ def linear_rows(fq: Tensor, fk: Tensor, v: Tensor, valid: Tensor, *, causal: boo
                 reads.append((S, z))
             for t in range(n):
                 S, z = reads[t] if causal else reads[-1]
-                if z.abs().sum() > 0:
+                if valid[b, t] and z.abs().sum() > 0:
                     out[b, h, t] = (fq[b, h, t] @ S) / (fq[b, h, t] @ z)
     return out
 

@@ -11,7 +11,8 @@ import torch
 from rewriter.backends import registry
 from rewriter.backends.reference.window import window_attention
 from rewriter.backends.registry import Query, choose, resolve
-from rewriter.ir.kernels import JointWindowLinear, LinearAttention, WindowAttention
+from rewriter.ir.kernels import JointWindowLinear, WindowAttention
+from rewriter.ir.recurrence import Recurrence
 
 WINDOW = WindowAttention(4, 1, True, 1.0)
 
@@ -29,7 +30,7 @@ class OnlyForward:
         return window_attention
 
 
-@pytest.mark.parametrize("spec", [WINDOW, LinearAttention(False, 4), JointWindowLinear(4, 1, 1, 4)])
+@pytest.mark.parametrize("spec", [WINDOW, Recurrence(4, 4), JointWindowLinear(4, 1, 1, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_is_total(spec: Any, dtype: torch.dtype) -> None:
     kernel = resolve(spec, "cpu", dtype, needs_grad=True)

@@ -1,4 +1,4 @@
-"""LinearAttention and JointWindowLinear against row loops in float64 and their streaming forms."""
+"""Linear attention and JointWindowLinear against row loops in float64 and their streaming forms."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from kernel_oracles import joint_rows, linear_rows
 from torch import Tensor
 
 from rewriter.backends.reference.joint import joint_window_linear
-from rewriter.backends.reference.linear import linear_attention
-from rewriter.ir.kernels import JointWindowLinear, LinearAttention
+from rewriter.backends.reference.recurrence.kernel import recurrence
+from rewriter.ir.kernels import JointWindowLinear
+from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.state import State
 
 SCALE = 0.6
@@ -26,17 +27,21 @@ def features(x: Tensor) -> Tensor:
     return F.softplus(x @ w.to(x.dtype))
 
 
+def linear_spec(c: Case, causal: bool) -> Recurrence:
+    return Recurrence(FEATURES, c.v.shape[-1], normaliser="ones", causal=causal)
+
+
 def linear(c: Case, causal: bool) -> Tensor:
-    spec = LinearAttention(causal, FEATURES)
-    return linear_attention(spec, features(c.q), features(c.k), c.v, valid=c.valid)[0]
+    spec = linear_spec(c, causal)
+    return recurrence(spec, features(c.q), features(c.k), c.v, valid=c.valid)[0]
 
 
 def linear_stream(c: Case) -> tuple[Tensor, State]:
-    spec = LinearAttention(True, FEATURES)
+    spec = linear_spec(c, True)
 
     def call(at: slice, state: State) -> tuple[Tensor, State]:
         fq, fk, v = features(c.q[:, :, at]), features(c.k[:, :, at]), c.v[:, :, at]
-        out, after = linear_attention(spec, fq, fk, v, valid=c.valid[:, at], state=state)
+        out, after = recurrence(spec, fq, fk, v, valid=c.valid[:, at], state=state)
         assert after is not None
         return out, after
 

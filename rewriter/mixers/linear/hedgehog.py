@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 
 from rewriter.backends.registry import resolve
-from rewriter.ir.kernels import LinearAttention, state_of
 from rewriter.ir.mask import Causal, KeyPadding
+from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State, StateSpec
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
@@ -51,12 +51,17 @@ class Hedgehog(Mixer):
         return super().refuse(site, options) or refuse_map(cls.info.name, site, options)
 
     @classmethod
-    def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> LinearAttention:
-        return LinearAttention(site.kind == "causal", 2 * feature_dim(site, options))
+    def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> Recurrence:
+        return Recurrence(
+            key_dim=2 * feature_dim(site, options),
+            value_dim=site.heads.value_dim,
+            normaliser="ones",
+            causal=site.kind == "causal",
+        )
 
     @classmethod
     def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
-        return state_of(cls.kernel_spec(site, options))
+        return cls.kernel_spec(site, options).state_spec()
 
     @classmethod
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
@@ -91,7 +96,8 @@ class Hedgehog(Mixer):
         if self.site.kind == "causal":
             weight = weight.tril()
         if valid is not None:
-            weight = weight.masked_fill(~valid[:, None, None, :], 0.0)
+            both = valid[:, None, :, None] & valid[:, None, None, :]
+            weight = weight.masked_fill(~both, 0.0)
         mass = weight.sum(-1, keepdim=True)
         return weight / torch.where(mass > 0, mass, 1.0)
 
