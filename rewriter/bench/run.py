@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rewriter.backends.cpu.build import NoKernel
+from rewriter.backends.cpu.probe import Limits, measure
 from rewriter.bench.cases import CASES, Case, Setting
 from rewriter.bench.machine import Machine, this_machine
 from rewriter.bench.memory import peak_bytes
@@ -78,12 +80,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Table:
-    """All points and the machine. `failed` holds (case, length, reason) of contenders left out."""
+    """All points and the machine.
+
+    Attributes:
+        limits: measured multiply-add and memory speed with these threads, None without a compiler.
+        failed: (case, length, reason) of contenders left out.
+    """
 
     machine: Machine
     options: Options
     points: tuple[Point, ...]
+    limits: Limits | None = None
     failed: tuple[tuple[str, int, str], ...] = field(default=())
+
+    def share_of_peak(self, point: Point) -> float | None:
+        """Arithmetic of ours over the measured peak, where both are known (float32 only)."""
+        if self.limits is None or not point.gflops or point.dtype != "float32":
+            return None
+        return point.gflops / self.limits.gflops
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -139,7 +153,9 @@ def run(options: Options, report: Callable[[Point], None] | None = None) -> Tabl
                             report(item)
                     else:
                         failed.append((case.name, length, item))
-        return Table(this_machine(), options, tuple(points), tuple(failed))
+        limits = measure(options.threads)
+        known = None if isinstance(limits, NoKernel) else limits
+        return Table(this_machine(), options, tuple(points), known, tuple(failed))
     finally:
         torch.set_num_threads(before)
 

@@ -14,7 +14,13 @@ from rewriter.cli.tables import table
 def bench_view(measured: Table) -> Iterator[RenderableType]:
     """The machine, one line per point, the crossovers and what was left out."""
     yield Text(measured.machine.describe())
-    rows = [_row(p) for p in measured.points]
+    if measured.limits is not None:
+        limits = measured.limits
+        yield Text(
+            f"measured limits ({limits.isa}): {limits.gflops:.1f} GFLOP/s of multiply-adds, "
+            f"{limits.gbytes:.1f} GB/s read"
+        )
+    rows = [_row(p, measured.share_of_peak(p)) for p in measured.points]
     columns = (
         "kernel",
         ("tokens", "right"),
@@ -22,7 +28,7 @@ def bench_view(measured: Table) -> Iterator[RenderableType]:
         "best stock",
         ("its time", "right"),
         ("ratio", "right"),
-        ("GFLOP/s", "right"),
+        ("of peak", "right"),
         ("peak", "right"),
     )
     yield table(columns, rows)
@@ -57,7 +63,7 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _row(p: Point) -> tuple[str, ...]:
+def _row(p: Point, share: float | None) -> tuple[str, ...]:
     return (
         p.case,
         str(p.length),
@@ -65,6 +71,6 @@ def _row(p: Point) -> tuple[str, ...]:
         p.best if p.best != OURS else "none",
         duration(p.seconds[p.best]),
         f"{p.ratio:.2f}x",
-        f"{p.gflops:.1f}" if p.gflops else "",
+        f"{share:.0%}" if share is not None else "",
         f"{p.peak_bytes / 2**20:.1f} MiB" if p.peak_bytes is not None else "",
     )
