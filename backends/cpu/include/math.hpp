@@ -1,6 +1,6 @@
 // Vector functions. No function here sees a positive exponent: exp2_neg and exp_neg take x <= 0.
 //
-//   exp2_neg(x)   2^x for x <= 0, relative error about 1e-7; exactly 0 below -126; NaN stays NaN
+//   exp2_neg(x)   2^x for x <= 0, relative error about 1e-7; exactly 0 below -126.5; NaN stays NaN
 //   exp_neg(x)    e^x likewise, with the argument reduced in two steps so that the error does not
 //                 grow with |x|
 //   tanh_(x), sigmoid_(x), log2_(x) for normal x > 0
@@ -12,13 +12,14 @@ constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 namespace detail {
 // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
 constexpr float ROUND = 12582912.0f;
-constexpr float SMALLEST = -126.0f;  // exponents below would be denormal
+// 2^-127 has the bits of 0 when it is built from its exponent, so clamping there gives exact zeros.
+constexpr float ZERO = -127.0f;
 
 static ALWAYS_INLINE vf two_to(vf rounded) { return (vf)(((vi)rounded << 23) + (127 << 23)); }
 }  // namespace detail
 
 static ALWAYS_INLINE vf exp2_neg(vf x) {
-    vi gone = x <= detail::SMALLEST;  // false for NaN
+    x = vmax(splat(detail::ZERO), x);  // a NaN passes
     vf t = x + detail::ROUND;
     vf f = x - (t - detail::ROUND);
     vf p = f * 0.0001534581242594868f + 0.0013399930903688073f;
@@ -27,11 +28,11 @@ static ALWAYS_INLINE vf exp2_neg(vf x) {
     p = p * f + 0.24022646248340607f;
     p = p * f + 0.6931471824645996f;
     p = p * f + 1.0f;
-    return (vf)(~gone & (vi)(p * detail::two_to(t)));
+    return p * detail::two_to(t);
 }
 
 static ALWAYS_INLINE vf exp_neg(vf x) {
-    vi gone = x <= detail::SMALLEST * LN2;
+    x = vmax(splat(detail::ZERO * LN2), x);
     vf t = x * LOG2E + detail::ROUND;
     vf n = t - detail::ROUND;
     vf f = x - n * 0.693359375f;
@@ -42,7 +43,7 @@ static ALWAYS_INLINE vf exp_neg(vf x) {
     p = p * f + 0.49999991059303284f;
     p = p * f + 1.0f;
     p = p * f + 1.0f;
-    return (vf)(~gone & (vi)(p * detail::two_to(t)));
+    return p * detail::two_to(t);
 }
 
 static ALWAYS_INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
