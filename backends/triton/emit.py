@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import secrets
 import sys
 from functools import lru_cache
@@ -39,7 +40,10 @@ def _environment() -> Environment:
 @lru_cache(maxsize=512)
 def render(template: str, **features: Any) -> str:
     """Source text of a kernel file; equal features give equal text."""
-    return _environment().get_template(f"{template}.py.jinja").render(floor=FLOOR, **features)
+    text = _environment().get_template(f"{template}.py.jinja").render(floor=FLOOR, **features)
+    text = re.sub(r"\n(?:[ ]*\n){3,}", "\n\n\n", re.sub(r"[ ]+\n", "\n", text))
+    # Blank lines inside a function are left over from features that are off.
+    return re.sub(r"\n\n+(?=    )", "\n", text).strip("\n") + "\n"
 
 
 @lru_cache(maxsize=512)

@@ -19,10 +19,8 @@ from rewriter.backends.triton.recurrence_forward import (
     read_outputs,
 )
 from rewriter.backends.triton.recurrence_scores import channel_scores
-from rewriter.backends.triton.targets import Target, target_of
+from rewriter.backends.triton.targets import DTYPES, Target, target_of
 from rewriter.ir.recurrence import Recurrence
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | None:

@@ -36,6 +36,7 @@ class Target:
 SM_80 = Target("sm_80", "cuda", 80, 32, 163 * 1024, ("HMMA",))
 SM_90 = Target("sm_90", "cuda", 90, 32, 227 * 1024, ("HGMMA", "HMMA"))
 GFX942 = Target("gfx942", "hip", "gfx942", 64, 64 * 1024, ("mfma",))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TARGETS = (SM_80, SM_90, GFX942)
 
 
