@@ -16,7 +16,18 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from sympy.logic.boolalg import And, Boolean, BooleanFalse, BooleanFunction, BooleanTrue, Not, Or
+from sympy.logic.boolalg import (
+    ITE,
+    And,
+    Boolean,
+    BooleanFalse,
+    BooleanTrue,
+    Equivalent,
+    Implies,
+    Not,
+    Or,
+    Xor,
+)
 
 from rewriter.ir.lookup import Lookup, Table
 
@@ -96,11 +107,26 @@ def _condition(p: Any) -> Term:
             return _condition(same if op == "eq" else Not(same))
         left, right = _whole(p.args[0], p.args[1])
         return Term(op, (right, left) if swap else (left, right))
-    if isinstance(p, BooleanFunction):  # Xor, Implies, Equivalent, ITE
-        plain = p.to_nnf(simplify=False)
-        if plain.func is not p.func:
-            return _condition(plain)
+    if isinstance(p, Xor | Equivalent | Implies | ITE):
+        return _connective(p, tuple(_condition(a) for a in p.args))
     raise ValueError(f"cannot evaluate the mask predicate {p}")
+
+
+def _connective(p: Any, parts: tuple[Term, ...]) -> Term:
+    """Exclusive or, equivalence, implication and choice, by and, or and not."""
+    inverse = tuple(Term("not", (x,)) for x in parts)
+    if isinstance(p, Implies):
+        return Term("or", (inverse[0], parts[1]))
+    if isinstance(p, ITE):
+        chosen = Term("and", (parts[0], parts[1]))
+        return Term("or", (chosen, Term("and", (inverse[0], parts[2]))))
+    if isinstance(p, Equivalent):
+        return Term("or", (Term("and", parts), Term("and", inverse)))
+    return reduce(_differ, parts)
+
+
+def _differ(a: Term, b: Term) -> Term:
+    return Term("and", (Term("or", (a, b)), Term("not", (Term("and", (a, b)),))))
 
 
 def _whole(a: sympy.Expr, b: sympy.Expr) -> tuple[Term, Term]:
