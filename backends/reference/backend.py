@@ -6,9 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rewriter.backends.reference.block_sparse import block_sparse
+from rewriter.backends.reference.decode import decode
 from rewriter.backends.reference.joint import joint_window_linear
 from rewriter.backends.reference.recurrence.kernel import recurrence
 from rewriter.backends.reference.window import window_attention
+from rewriter.ir.block_sparse import BlockSparse
+from rewriter.ir.decode import Decode
 from rewriter.ir.kernels import WindowAttention
 from rewriter.ir.recurrence import Recurrence
 
@@ -31,4 +35,8 @@ class ReferenceBackend:
             return partial(window_attention, spec)
         if isinstance(spec, Recurrence):
             return partial(recurrence, spec)
+        if isinstance(spec, BlockSparse):
+            return partial(block_sparse, spec)
+        if isinstance(spec, Decode):
+            return partial(decode, spec)
         return partial(joint_window_linear, spec)
