@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rewriter.ir.block_sparse import BlockSparse
+from rewriter.ir.decode import Decode
 from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.state import BATCH, KEY_DIM, KV_HEADS, VALUE_DIM, StateSpec, StateTensor
 
@@ -53,7 +55,7 @@ class JointWindowLinear:
     hidden: frozenset[str] = frozenset()
 
 
-KernelSpec = WindowAttention | Recurrence | JointWindowLinear
+KernelSpec = WindowAttention | Recurrence | JointWindowLinear | BlockSparse | Decode
 
 
 def state_of(spec: KernelSpec) -> StateSpec:
@@ -62,7 +64,10 @@ def state_of(spec: KernelSpec) -> StateSpec:
     Near keys: `sink_k/v` with their absolute positions `sink_at` (-1 is an empty slot), the last
     window - 1 keys `ring_k/v` in order of age with `ring_valid`, and the number of tokens `seen`.
     Far keys: `far`, float32 sums of f(k) [v, 1]^T; its last column is the normaliser.
+    `BlockSparse` and `Decode` carry none: their keys are handed in.
     """
+    if isinstance(spec, BlockSparse | Decode):
+        return StateSpec(())
     if isinstance(spec, Recurrence):
         return spec.state_spec()
     slots, ring = spec.sinks, spec.window - 1
