@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -101,7 +102,7 @@ def _columns(starts: Tensor, blocks: Tensor, block: int, N: int) -> Iterator[Ten
     """Keys that any head visits, ascending, for each query block."""
     for r in range(starts.shape[1] - 1):
         lists = [blocks[int(a[r]) : int(a[r + 1])] for a in starts]
-        unique = torch.cat(lists).unique() if len(lists) > 1 else lists[0]
+        unique = lists[0] if len(lists) == 1 else torch.from_numpy(np.unique(torch.cat(lists)))
         keys = (unique.long()[:, None] * block + torch.arange(block)).flatten()
         yield keys[keys < N]
 

@@ -66,12 +66,11 @@ def truth(term: Term, at: Rectangles) -> Truth:
         return Truth(flipped.fail, flipped.may, flipped.miss, flipped.hit)
     if term.op == "table":
         return _table(term, at)
-    if term.op == "ne":
-        same = _equal(*term.args, at)
-        return Truth(same.fail, same.may, same.miss, same.hit)
-    if term.op == "eq":
-        return _equal(*term.args, at)
-    return _less(term, at)
+    left, right = term.args
+    if term.op in ("le", "lt"):
+        return _less(left, right, term.op == "lt", at)
+    same = _equal(left, right, at)
+    return same if term.op == "eq" else Truth(same.fail, same.may, same.miss, same.hit)
 
 
 def _apart(terms: Sequence[Term]) -> bool:
@@ -89,11 +88,10 @@ def _all(parts: Sequence[Truth], apart: bool) -> Truth:
     return Truth(may, fail, hit, reduce(np.logical_or, [p.miss for p in parts]))
 
 
-def _less(term: Term, at: Rectangles) -> Truth:
-    a, b = (bounds(x, at) for x in term.args)
-    strict = int(term.op == "lt")
+def _less(left: Term, right: Term, strict: bool, at: Rectangles) -> Truth:
+    a, b = bounds(left, at), bounds(right, at)
     may, fail = a.lo + strict <= b.hi, a.hi + strict > b.lo
-    sure = a.tight & b.tight & _apart(term.args)
+    sure = a.tight & b.tight & _apart((left, right))
     return Truth(may, fail, may & (sure | ~fail), fail & (sure | ~may))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from sympy.logic.boolalg import BooleanFunction
 
 
-class Table(sympy.Basic):  # type: ignore[misc]
+class Table(sympy.Basic):
     """A boolean array of 1 to 3 axes, immutable and hashable by content."""
 
     # sympy's `Basic` has slots; these objects keep their arrays beside them.
@@ -54,7 +54,7 @@ class Table(sympy.Basic):  # type: ignore[misc]
         return out
 
 
-class Lookup(BooleanFunction):  # type: ignore[misc]
+class Lookup(BooleanFunction):
     """A `Table` read at integer expressions; false outside the table. Built by `lookup`."""
 
     @classmethod

@@ -232,13 +232,11 @@ def value(term: Term, at: Mapping[str, torch.Tensor | None]) -> Any:
 
 
 def _read(table: Table, parts: list[Any]) -> torch.Tensor:
-    index = torch.broadcast_tensors(*(torch.as_tensor(p) for p in parts))
-    inside = torch.ones_like(index[0], dtype=torch.bool)
-    flat = torch.zeros_like(index[0])
-    for x, size in zip(index, table.shape, strict=True):
+    inside, flat = torch.tensor(True), torch.tensor(0)
+    for x, size in zip(map(torch.as_tensor, parts), table.shape, strict=True):
         inside = inside & (x >= 0) & (x < size)
         flat = flat * size + x.clamp(0, max(size - 1, 0))
     if not table.values.size:
-        return inside
+        return inside & (flat < 0)
     values = torch.tensor(table.values.reshape(-1), device=flat.device)
     return values[flat] & inside
