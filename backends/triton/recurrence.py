@@ -19,6 +19,7 @@ from rewriter.backends.triton.recurrence_forward import (
     read_outputs,
 )
 from rewriter.backends.triton.recurrence_scores import channel_scores
+from rewriter.backends.triton.recurrence_step import LONGEST, walk
 from rewriter.backends.triton.targets import DTYPES, Target, target_of
 from rewriter.ir.recurrence import Recurrence
 
@@ -51,6 +52,8 @@ def forward(
     if not spec.causal:
         return _both_ways(spec, x, run, target), _unchanged(spec, x)
     call = Call.of(spec, x, run, target)
+    if spec.correction == "untied" or call.size.length <= LONGEST:
+        return walk(call)
     sums = decay_sums(call)
     scores = None
     if spec.decay == "channel" and sums is not None:
