@@ -7,7 +7,7 @@ raw kernels through the custom operators, so autograd, tracing and compilation w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +38,20 @@ if TYPE_CHECKING:
 def kernel(backend: str, spec: KernelSpec) -> Callable[..., Any]:
     """The kernel of a spec on a generated backend, its spec bound."""
     if isinstance(spec, Recurrence):
-        return partial(_recurrence, backend, spec)
+        return partial(_recurrence, backend, spec, _text(spec), _text(_per_token(spec)))
     if isinstance(spec, BlockSparse):
-        return partial(_block_sparse, backend, spec)
+        return partial(_block_sparse, backend, _text(spec))
     if isinstance(spec, Decode):
-        return partial(_decode, backend, spec)
+        return partial(_decode, backend, _text(spec))
     if isinstance(spec, WindowAttention):
         return partial(_window, backend, spec)
     raise TypeError(f"no generated kernel for {type(spec).__name__}")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _text(spec: Spec) -> str:
+    """The spec as text; a constant of a graph that is being compiled."""
+    return encode(spec)
 
 
 def refusal(backend: str, spec: KernelSpec, dtype: torch.dtype, needs_grad: bool) -> str | None:
@@ -76,6 +82,8 @@ def _declines(
 def _recurrence(
     backend: str,
     spec: Recurrence,
+    text: str,
+    padded: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -89,7 +97,10 @@ def _recurrence(
     valid: Tensor | None = None,
     state: State | None = None,
 ) -> tuple[Tensor, State | None]:
-    """As the reference's `recurrence`; a padded token is made one that changes nothing."""
+    """As the reference's `recurrence`; a padded token is made one that changes nothing.
+
+    `text` and `padded` are the spec as text, without and with padding.
+    """
     q, k = q.to(v.dtype), k.to(v.dtype)
     if valid is not None:
         pad = ~valid[:, None, :]
@@ -98,7 +109,7 @@ def _recurrence(
         if spec.decay == "head" and decay is not None:
             # A constant decay that stops at padding is a decay per token.
             decay = decay[None, :, None].expand(k.shape[0], -1, k.shape[2])
-            spec = _per_token(spec)
+            text = padded
         if decay is not None:
             decay = decay.masked_fill(pad[..., None] if decay.dim() == 4 else pad, 0)
         if beta is not None:
@@ -109,18 +120,18 @@ def _recurrence(
             add = add.masked_fill(pad[..., None], 0)
     start = None if state is None else state["S"]
     out, end = recurrence_op(
-        q, k, v, decay, beta, erase, add, bonus, cu_seqlens, start, encode(spec), backend
+        q, k, v, decay, beta, erase, add, bonus, cu_seqlens, start, text, backend
     )
     return out, None if state is None else {"S": end}
 
 
 def _per_token(spec: Recurrence) -> Recurrence:
-    return Recurrence(**{**spec.__dict__, "decay": "token"})
+    return replace(spec, decay="token") if spec.decay == "head" else spec
 
 
 def _block_sparse(
     backend: str,
-    spec: BlockSparse,
+    text: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -136,15 +147,13 @@ def _block_sparse(
     """As the reference's `block_sparse`."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     hooks = (sinks, slopes, bias, temperature)
-    out, lse = block_sparse_op(
-        q, k, v, *hooks, key_lengths, cu_seqlens, blocks, encode(spec), backend
-    )
+    out, lse = block_sparse_op(q, k, v, *hooks, key_lengths, cu_seqlens, blocks, text, backend)
     return out, lse
 
 
 def _decode(
     backend: str,
-    spec: Decode,
+    text: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,7 +164,7 @@ def _decode(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's `decode`."""
-    out, lse = decode_op(q.to(v.dtype), k, v, lengths, pages, index, sinks, encode(spec), backend)
+    out, lse = decode_op(q.to(v.dtype), k, v, lengths, pages, index, sinks, text, backend)
     return out, lse
 
 
@@ -191,22 +200,34 @@ def _window(
 ) -> tuple[Tensor, State | None]:
     """A whole sequence without padding runs generated; the rest is the reference's."""
     n = q.shape[-2]
-    form = lowered(spec, q.shape[-1], v.shape[-1])
-    whole = n > 1 and valid is None and bias is None and (state is None or _fresh(state))
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if (
-        isinstance(form, str)
-        or not whole
-        or _declines(backend, "block_sparse", form, v.dtype, grad) is not None
-    ):
+    whole = n > 1 and valid is None and bias is None and (state is None or _fresh(state))
+    text = _window_text(backend, spec, q.shape[-1], v.shape[-1], v.dtype, grad) if whole else None
+    if text is None:
         return window_attention(spec, q, k, v, valid=valid, bias=bias, state=state)
-    out, _ = _block_sparse(backend, form, q, k, v)
+    out, _ = _block_sparse(backend, text, q, k, v)
     if state is None:
         return out, None
     context = Context(
         *context_of(spec, k, v, None, state), gather_sinks(spec.sinks, k, v, None, state)
     )
     return out, next_state(spec, context, state, n)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _window_text(
+    backend: str,
+    spec: WindowAttention,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    needs_grad: bool,
+) -> str | None:
+    """The block-sparse form as text, or None where the backend does not serve it."""
+    form = lowered(spec, key_dim, value_dim)
+    if isinstance(form, str) or _declines(backend, "block_sparse", form, dtype, needs_grad):
+        return None
+    return encode(form)
 
 
 def _fresh(state: State) -> bool:

@@ -1,13 +1,16 @@
 """Which backend runs a kernel spec on a device: ask each, take the first that can.
 
 A backend says for a spec either that it can run it or why not; the reference backend can run
-everything, so resolution never fails. Third parties register under the entry point group
+everything, so resolution never fails. ATTENTION_REWRITER_BACKENDS, names separated by commas,
+limits the choice to these and the reference ('reference' alone switches generated code off). Third
+parties register under the entry point group
 `attention_rewriter.backends` with an object (or a class without arguments) that satisfies
 `Backend`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +19,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from rewriter.backends.generated import GeneratedBackend, kernel
 from rewriter.backends.reference.backend import ReferenceBackend
 from rewriter.ir.kernels import KernelSpec
 
 GROUP = "attention_rewriter.backends"
+VARIABLE = "ATTENTION_REWRITER_BACKENDS"
+BUILT_IN: tuple[GeneratedBackend, ...] = ()
 Run = Callable[..., Any]
 
 
@@ -73,16 +79,32 @@ def resolve(
         dtype: dtype of the values.
         needs_grad: gradients are wanted.
 
-    While a graph is compiled it is always the reference, whose operations the compiler can fuse.
+    In a graph that is being compiled the choice is a constant, and it is among the built-in
+    backends: the operators of generated code, or the reference, whose operations can be fused.
     """
-    if torch.compiler.is_compiling():
-        return choose(Query(spec, "", dtype, needs_grad), ())
-    return _resolve(spec, torch.device(device).type, dtype, needs_grad)
+    kind = torch.device(device).type
+    if not torch.compiler.is_dynamo_compiling():
+        return _resolve(spec, kind, dtype, needs_grad, os.environ.get(VARIABLE))
+    name = _name(spec, kind, dtype, needs_grad)
+    if any(name == b.name for b in BUILT_IN):
+        return Kernel(name, kernel(name, spec))
+    return choose(Query(spec, kind, dtype, needs_grad), ())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name(spec: KernelSpec, device: str, dtype: torch.dtype, needs_grad: bool) -> str:
+    return _resolve(spec, device, dtype, needs_grad, os.environ.get(VARIABLE)).backend
 
 
 @lru_cache(maxsize=512)
-def _resolve(spec: KernelSpec, device: str, dtype: torch.dtype, needs_grad: bool) -> Kernel:
+def _resolve(
+    spec: KernelSpec, device: str, dtype: torch.dtype, needs_grad: bool, only: str | None
+) -> Kernel:
     backends, broken = installed()
+    backends = (*BUILT_IN, *backends)
+    if only is not None:
+        allowed = {name.strip() for name in only.split(",")}
+        backends = tuple(b for b in backends if b.name in allowed)
     return choose(Query(spec, device, dtype, needs_grad), backends, broken)
 
 
