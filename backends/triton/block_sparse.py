@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewriter.backends.inputs import BlockSparseInputs
-from rewriter.backends.triton.attention_call import Args, AttentionCall
-from rewriter.backends.triton.chunks import strides
+from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
+from rewriter.backends.triton.attention_call import AttentionCall
+from rewriter.backends.triton.attention_tiles import common, sizes, tile_of, visited
+from rewriter.backends.triton.block_sparse_backward import gradients
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch, Runner, execute, unavailable
 from rewriter.backends.triton.predicate import printed
-from rewriter.backends.triton.recurrence_forward import block
-from rewriter.backends.triton.targets import DTYPES, Config, Target, config, target_of
+from rewriter.backends.triton.targets import DTYPES, Target, target_of
 from rewriter.ir.block_sparse import BlockSparse
 
 
@@ -75,63 +75,15 @@ def forward(
     return out, lse
 
 
-def tile_of(call: AttentionCall, kernel: str) -> Config:
-    """Tile sizes; a run-time block is a whole number of tiles."""
-    spec = call.spec
-    four = call.x.v.dtype == torch.float32
-    chosen = config(kernel, call.target, max(spec.key_dim, spec.value_dim), four)
-    if not call.listed:
-        return chosen
-    size = spec.block
-    return Config(
-        min(chosen.rows, size), min(chosen.keys, size), chosen.values, chosen.warps, chosen.stages
-    )
-
-
-def visited(call: AttentionCall, chosen: Config) -> Args:
-    """The lists of key blocks by parameter name."""
-    blocks = call.x.blocks
-    if blocks is not None:
-        blocks = blocks.to(torch.int32).contiguous()
-        return {
-            "listed": blocks,
-            "counts": (blocks >= 0).sum(-1, dtype=torch.int32),
-            "list_b": blocks.stride(0),
-            "list_h": blocks.stride(1),
-            "list_r": blocks.stride(2),
-        }
-    lists = call.lists(chosen.rows, chosen.keys)._asdict()
-    if not call.features().unmasked:
-        del lists["full_starts"], lists["full_blocks"]
-    return lists
-
-
-def common(call: AttentionCall) -> Args:
-    """Strides and sizes that every kernel takes."""
-    x = call.x
-    q = strides("q", x.q)
-    return {
-        **{("q_m" if name == "q_n" else name): s for name, s in q.items()},
-        **strides("k", x.k),
-        **strides("v", x.v),
-        "heads": x.q.shape[1],
-        "group": x.q.shape[1] // x.k.shape[1],
-        "M": x.q.shape[2],
-        "N": x.k.shape[2],
-        "offset": call.spec.offset,
-        "scale": call.spec.scale,
-    }
-
-
-def sizes(call: AttentionCall, chosen: Config) -> dict[str, int | float]:
-    """Compile-time sizes that every kernel takes."""
-    spec = call.spec
-    return {
-        "DK": spec.key_dim,
-        "DV": spec.value_dim,
-        "BD": block(spec.key_dim, 256),
-        "BE": block(spec.value_dim, 256),
-        "BM": chosen.rows,
-        "BN": chosen.keys,
-        **({"BLOCK": spec.block} if call.listed else {}),
-    }
+def backward(
+    spec: BlockSparse,
+    x: BlockSparseInputs,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    run: Runner = execute,
+    target: Target | None = None,
+) -> BlockSparseGrads:
+    """Gradients of the inputs that were given; see `forward`."""
+    call = AttentionCall.of(spec, x, run, target or target_of(x.q.device))
+    return gradients(call, out, lse, grad_out)

@@ -99,3 +99,8 @@ def per_token(spec: Recurrence, x: RecurrenceInputs, size: Sizes) -> Tensor | No
     if spec.decay == "head" and x.decay is not None:
         return x.decay[None, :, None].expand(size.batch, size.kv_heads, size.length)
     return x.decay
+
+
+def block(dim: int, largest: int) -> int:
+    """Smallest power of two that holds `dim`, within 16 and `largest`."""
+    return max(16, min(largest, 1 << (dim - 1).bit_length()))

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from rewriter.backends.inputs import DecodeInputs
 from rewriter.backends.triton.attention_call import Args
-from rewriter.backends.triton.chunks import dense, strides
+from rewriter.backends.triton.chunks import block, dense, strides
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch, Runner, execute, unavailable
-from rewriter.backends.triton.recurrence_forward import block
 from rewriter.backends.triton.targets import DTYPES, Target, config, target_of
 from rewriter.ir.decode import Decode
 

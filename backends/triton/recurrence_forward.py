@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.inputs import RecurrenceInputs
-from rewriter.backends.triton.chunks import Sizes, per_token, sizes, strides, unit_stride
+from rewriter.backends.triton.chunks import Sizes, block, per_token, sizes, strides, unit_stride
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch, Runner
 from rewriter.backends.triton.targets import CHUNK, Config, Target, config
@@ -84,11 +84,6 @@ class States:
     kept: Tensor
     kept_norm: Tensor | None
     end: Tensor
-
-
-def block(dim: int, largest: int) -> int:
-    """Smallest power of two that holds `dim`, within 16 and `largest`."""
-    return max(16, min(largest, 1 << (dim - 1).bit_length()))
 
 
 def decay_sums(call: Call) -> Sums | None:

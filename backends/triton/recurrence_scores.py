@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rewriter.backends.triton.chunks import strides
+from rewriter.backends.triton.chunks import block, strides
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch
-from rewriter.backends.triton.recurrence_forward import Call, Sums, block
+from rewriter.backends.triton.recurrence_forward import Call, Sums
 from rewriter.backends.triton.targets import CHUNK
 
 

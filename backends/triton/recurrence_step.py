@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rewriter.backends.triton.chunks import dense, per_token, strides
+from rewriter.backends.triton.chunks import block, dense, per_token, strides
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch
-from rewriter.backends.triton.recurrence_forward import Call, block
+from rewriter.backends.triton.recurrence_forward import Call
 
 LONGEST = 8  # tokens for which a walk costs less than cutting into chunks (not timed on a GPU)
 
