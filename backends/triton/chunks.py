@@ -14,7 +14,7 @@ from rewriter.ir.recurrence import Recurrence
 
 
 class Table(NamedTuple):
-    """Chunks of packed sequences, int32 each; a chunk without tokens starts where it stops.
+    """Chunks of packed sequences, int32 each; a chunk without tokens is 0 .. 0.
 
     Sequence s owns the slots from cuts[s] // CHUNK + s on, which never overlap, so the table needs
     no transfer from the device.
@@ -76,7 +76,9 @@ def _table(cuts: Tensor, slots: int) -> Table:
     owners = torch.searchsorted(first, slot, right=True, out_int32=True) - 1
     starts = cuts[owners] + (slot - first[owners]) * CHUNK
     stops = torch.minimum(starts + CHUNK, cuts[owners + 1])
-    return Table(torch.minimum(starts, stops), stops, owners.to(torch.int32), cuts)
+    some = starts < stops
+    starts, stops = torch.where(some, starts, 0), torch.where(some, stops, 0)
+    return Table(starts, stops, owners.to(torch.int32), cuts)
 
 
 def unit_stride(x: RecurrenceInputs) -> RecurrenceInputs:

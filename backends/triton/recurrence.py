@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.backends.triton.launch import Runner, execute, unavailable
+from rewriter.backends.triton.recurrence_backward import Cotangents, divided, gradients
 from rewriter.backends.triton.recurrence_forward import (
     Call,
     chunk_states,
@@ -21,7 +22,7 @@ from rewriter.backends.triton.recurrence_forward import (
 from rewriter.backends.triton.recurrence_scores import channel_scores
 from rewriter.backends.triton.recurrence_step import LONGEST, walk
 from rewriter.backends.triton.targets import DTYPES, Target, target_of
-from rewriter.ir.recurrence import Recurrence
+from rewriter.ir.recurrence import Decay, Recurrence
 
 
 def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | None:
@@ -68,33 +69,50 @@ def _both_ways(spec: Recurrence, x: RecurrenceInputs, run: Runner, target: Targe
     if spec.decay == "none":
         call = Call.of(spec, x, run, target)
         return read_outputs(call, None, chunk_states(call, None))[0]
-    call = Call.of(spec, x, run, target)
     ahead, _ = forward(replace(spec, causal=True), x, run, target)
     late, _ = forward(*mirrored(spec, x), run, target)
-    del call
     return ahead + late.flip(2)
 
 
 def mirrored(spec: Recurrence, x: RecurrenceInputs) -> tuple[Recurrence, RecurrenceInputs]:
-    """The later tokens of a symmetric decay, as an exclusive read of the reversed sequence.
+    """The later tokens of a bidirectional read, as an exclusive read of the reversed sequence.
 
     Token i reads j > i with exp(g_{i+1} + ... + g_j); reversed, the exclusive read lacks only the
     decay of the written token itself, which its key takes along.
     """
-    assert x.decay is not None
-    decay = x.decay
-    if spec.decay == "head":
-        decay = decay[None, :, None].expand(x.k.shape[:3])
-    k = (x.k.float() * decay.float().exp()[..., None]).to(x.k.dtype)
+    decay, k = _each_token(spec, x), x.k
+    if decay is not None:
+        k = (k.float() * decay.float().exp()[..., None]).to(k.dtype)
     cuts = x.cu_seqlens
     turned = RecurrenceInputs(
         x.q.flip(2),
         k.flip(2),
         x.v.flip(2),
-        decay.flip(2),
+        None if decay is None else decay.flip(2),
         cu_seqlens=None if cuts is None else (x.q.shape[2] - cuts).flip(0),
     )
-    return replace(spec, causal=True, decay="token", read="exclusive"), turned
+    kind: Decay = "none" if decay is None else "token"
+    return replace(spec, causal=True, decay=kind, read="exclusive"), turned
+
+
+def unmirrored(
+    spec: Recurrence, x: RecurrenceInputs, ahead: RecurrenceGrads, late: RecurrenceGrads
+) -> RecurrenceGrads:
+    """Sum of the gradients of both directions, in the order of the original sequence."""
+    q, k, v = (late.q.flip(2), late.k.flip(2), late.v.flip(2))
+    decay = ahead.decay
+    each = _each_token(spec, x)
+    if each is not None and decay is not None and late.decay is not None:
+        k = (k.float() * each.float().exp()[..., None]).to(k.dtype)
+        more = late.decay.flip(2) + (k.float() * x.k.float()).sum(-1)
+        decay = decay + (more.sum((0, 2)) if spec.decay == "head" else more)
+    return RecurrenceGrads(ahead.q + q, ahead.k + k, ahead.v + v, decay)
+
+
+def _each_token(spec: Recurrence, x: RecurrenceInputs) -> Tensor | None:
+    if spec.decay == "head" and x.decay is not None:
+        return x.decay[None, :, None].expand(x.k.shape[:3])
+    return x.decay
 
 
 def _unchanged(spec: Recurrence, x: RecurrenceInputs) -> Tensor:
@@ -106,6 +124,39 @@ def _unchanged(spec: Recurrence, x: RecurrenceInputs) -> Tensor:
 
 
 def backward(
-    spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor, grad_end: Tensor | None
+    spec: Recurrence,
+    x: RecurrenceInputs,
+    grad_out: Tensor,
+    grad_end: Tensor | None,
+    run: Runner = execute,
+    target: Target | None = None,
 ) -> RecurrenceGrads:
-    raise NotImplementedError
+    """Gradients of the inputs that were given; see `forward`.
+
+    Args:
+        grad_out: (B, H, N, Dv). grad_end: of the end state, None for zero.
+    """
+    target = target or target_of(x.v.device)
+    inner = x if spec.causal else replace(x, start=None)
+    call = Call.of(spec, inner, run, target)
+    mass = None
+    grad = grad_out.to(x.v.dtype).contiguous()
+    if call.ones:
+        sums = decay_sums(call)
+        states = chunk_states(call, sums)
+        out, weight = read_outputs(call, sums, states)
+        assert weight is not None
+        grad, mass = divided(grad_out, out, weight)
+    if spec.causal:
+        return gradients(call, Cotangents(grad, mass, grad_end))
+    ahead = replace(call, spec=replace(spec, causal=True))
+    found = gradients(ahead, Cotangents(grad, mass, None))
+    turned, y = mirrored(spec, inner)
+    mass = None if mass is None else mass.flip(2).contiguous()
+    late = gradients(
+        Call.of(turned, y, run, target), Cotangents(grad.flip(2).contiguous(), mass, None)
+    )
+    start = None if x.start is None or grad_end is None else grad_end.float()
+    if x.start is not None and start is None:
+        start = torch.zeros_like(x.start)
+    return unmirrored(spec, inner, found, late)._replace(start=start)
