@@ -45,6 +45,7 @@ def read(table: np.ndarray, *index: Any) -> Any:
     return table[clipped] & inside
 
 
+@lru_cache
 def named(n: int) -> list[Case]:
     """The static masks of the catalogue at sizes that matter for a sequence of about n tokens."""
     rng = np.random.default_rng(0)
