@@ -81,6 +81,17 @@ def split(
     return SplitTerms(note.valid, bias)
 
 
+def all_visible(site: AttentionSite, terms: Sequence[torch.Tensor | None], keys: int) -> bool:
+    """Whether the mask tensors of one new token hide none of its `keys` keys from any row."""
+    for index, term in enumerate(terms):
+        if term is None or site.terms[index] == "none":
+            continue
+        allow = _part(site, index, _four(term)).allow
+        if allow is not None and not bool(allow[..., :keys].all()):
+            return False
+    return True
+
+
 def _readable(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether the values can be read: not while a graph is traced or compiled."""
     return not torch.compiler.is_compiling() and not any(

@@ -45,6 +45,7 @@ def stub_registry() -> ModuleType:
     both = ("causal", "bidirectional")
     mixers = {
         "keep": _mixer("keep", "exact", NoOptions, *both),
+        "fused": _mixer("fused", "exact", NoOptions, *both),
         "sink_window": _mixer("sink_window", "approximate", WindowOptions, *both),
         "hedgehog": _mixer("hedgehog", "distilled", NoOptions, *both),
         "hedgehog_window": _mixer("hedgehog_window", "distilled", HybridOptions, "causal"),

@@ -79,6 +79,18 @@ class Keep(Mixer):
         if cache is not None and self.layer is not None:
             seen = int(cache.get_seq_length(self.layer))
             k, v = cache.update(k, v, self.layer)
+        return self.attend(q, k, v, terms, seen, need_weights)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms,
+        seen: int,
+        need_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The core behind the cache: q (B, H, new, Dk), all keys and values, `seen` earlier."""
         if self.site.spelling == "sdpa":
             return self._sdpa(q, k, v, terms, seen), None
         out, weights = self._eager(q, k, v, terms, seen)

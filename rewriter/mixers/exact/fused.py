@@ -1,0 +1,154 @@
+"""fused: the original attention on generated kernels, key blocks that its mask hides left out.
+
+The same function as `keep`, with sums in another order: o = softmax(q k^T scale + mask) v, dense or
+sparse as the site's own mask says, K and V read once per group of query heads. Nothing is learned
+and nothing is approximated. A call that the kernels cannot serve exactly (left padding, a custom
+mask, dropout in training, weights asked for, another device) runs as the graph had it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import sympy
+import torch
+
+from rewriter.backends.registry import Kernel, resolve
+from rewriter.errors import UnsupportedError
+from rewriter.ir.block_sparse import BlockSparse
+from rewriter.ir.decode import Decode
+from rewriter.ir.mask import Causal, KeyPadding, Mask, SymmetricWindow, Window
+from rewriter.ir.site import AttentionSite
+from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM
+from rewriter.mixers import terms as site_terms
+from rewriter.mixers.base import MixerInfo, MixerOptions, Terms
+from rewriter.mixers.exact.keep import Keep
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Masks that mean the same when queries and keys move by the same distance.
+_RELATIVE = (Causal, Window, SymmetricWindow, KeyPadding)
+
+
+class FusedOptions(MixerOptions):
+    """No options."""
+
+
+class Fused(Keep):
+    info = MixerInfo(
+        name="fused",
+        family="exact",
+        tier="exact",
+        summary="the original attention on generated kernels; hidden key blocks are skipped",
+        maths="o = softmax(q k^T scale + mask) v",
+        source="flash attention over a block schedule (catalogue: sparse.md K1, K4)",
+        directions=frozenset({"causal", "bidirectional"}),
+    )
+    Options = FusedOptions
+    provides_weights = True
+
+    @classmethod
+    def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
+        if site.mask.opaque is not None:
+            return f"the mask is opaque ({site.mask.opaque})"
+        if site.has_bias:
+            return "fused has no form for an additive bias of the scores (ALiBi or relative) yet"
+        return None
+
+    @classmethod
+    def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        """Of the pairs that the mask shows."""
+        size = site.mask.window or (2 * site.mask.radius + 1 if site.mask.radius else None)
+        share = TOKENS / 2 if site.mask.causal else TOKENS
+        keys = share if size is None else sympy.Min(share, size)
+        return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms,
+        seen: int,
+        need_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = None
+        if not need_weights and not (self.training and self.site.dropout) and v.dtype in _DTYPES:
+            out = self._generated(q, k, v, terms, seen)
+        return (
+            (out, None) if out is not None else super().attend(q, k, v, terms, seen, need_weights)
+        )
+
+    def _generated(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms, seen: int
+    ) -> torch.Tensor | None:
+        """The outputs, or None where only the original operations are known to be right."""
+        new, keys = q.shape[-2], k.shape[-2]
+        if keys > seen + new:  # a static cache shows its whole length
+            keys = seen + new
+            k, v = k[:, :, :keys], v[:, :, :keys]
+        if keys < seen + new and not all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms):
+            return None
+        lengths = self._lengths(terms, seen, new, keys, q.shape[0])
+        if isinstance(lengths, str):
+            return None
+        offset = keys - new if self.site.kind == "causal" else 0
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        window = self.site.mask.window
+        if new == 1 and not grad and lengths is None and (window is None or keys <= window):
+            spec = Decode(k.shape[-1], v.shape[-1], self.site.scale, self.site.softcap)
+            kernel = resolve(spec, q.device, v.dtype)
+        else:
+            kernel = self._kernel(q, k, v, offset, grad)
+        if kernel.backend == "reference":
+            return None
+        more = {} if lengths is None else {"key_lengths": lengths}
+        out: torch.Tensor = kernel.run(q, k, v, **more)[0]
+        return out
+
+    def _kernel(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offset: int, grad: bool
+    ) -> Kernel:
+        spec = _spec(
+            self.site.mask.without_padding(),
+            k.shape[-1],
+            v.shape[-1],
+            self.site.scale,
+            self.site.softcap,
+            offset,
+        )
+        return resolve(spec, q.device, v.dtype, grad)
+
+    def _lengths(
+        self, terms: Terms, seen: int, new: int, keys: int, batch: int
+    ) -> torch.Tensor | str | None:
+        """(B,) int32 key lengths where the padding is on the right, None without padding.
+
+        A string says why the mask tensors cannot be expressed so.
+        """
+        given = [t for i, t in enumerate(terms) if t is not None and self.site.terms[i] != "none"]
+        if not given:
+            return None
+        if torch.compiler.is_compiling():
+            return "the values of a mask are not known while a graph is made"
+        if seen:
+            if new == 1 and site_terms.all_visible(self.site, terms, keys):
+                return None
+            return "earlier tokens may be padding"
+        try:
+            valid = site_terms.split(self.site, terms, 0, new).of_batch(batch).valid
+        except UnsupportedError as error:
+            return str(error)
+        if valid is None:
+            return None
+        lengths = valid.sum(-1, dtype=torch.int32)
+        steps = torch.arange(new, device=valid.device)
+        if bool((valid == (steps < lengths[:, None])).all()):
+            return lengths
+        return "the padding is not on the right"
+
+
+@lru_cache(maxsize=512)
+def _spec(
+    mask: Mask, key_dim: int, value_dim: int, scale: float, softcap: float | None, offset: int
+) -> BlockSparse:
+    return BlockSparse(key_dim, value_dim, scale, mask.predicate, softcap, offset=offset)
