@@ -1,0 +1,301 @@
+// Common part of the recurrence kernels: arguments, buffers, decay inside a chunk, triangular products.
+//
+// Constants of the unit: DK, DV, DECAY, CORRECTION, EXCLUSIVE, BONUS, ONES, CAUSAL, CHUNK, SCALE
+// and the type T of q, k, v and the output. Everything else is float; a running sum of g is kept
+// as high + low float, so that a small step after a huge one is not lost.
+
+constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
+constexpr int DKP = up(DK, LANES), DVP = up(DV, LANES), CP = up(CHUNK, PANEL), W = DV + ONES;
+constexpr int KV_ = DKP / LANES, VV_ = DVP / LANES;  // vectors in a row
+enum { NONE, HEAD, TOKEN, CHANNEL };
+enum { PLAIN, DELTA, UNTIED };
+constexpr bool SCALARS = DECAY == HEAD || DECAY == TOKEN;
+constexpr float FLOOR = -120.0f;  // e^FLOOR is 0 in float; keeps inf - inf out of the differences
+
+// A tensor (batch, head, token, feature) with unit stride of features.
+template <class E> struct Rows {
+    E* p;
+    long b, h, n;
+    E* at(long batch, long head, long token) const { return p + batch * b + head * h + token * n; }
+};
+
+struct Call {
+    Rows<const T> q, k, v;
+    Rows<T> out;
+    Rows<const float> decay, beta, erase, add;
+    const float *bonus, *start;
+    float* end;
+    const int32_t* cu;
+    long B, H, Hkv, N, rows, threads, parts;
+
+    long group() const { return H / Hkv; }
+    long batch(long row) const { return cu ? 0 : row; }
+    long first(long row) const { return cu ? cu[row] : 0; }
+    long length(long row) const { return cu ? cu[row + 1] - cu[row] : N; }
+};
+
+template <class E> static ALWAYS_INLINE vf load_upto(const E* p, int n) {
+    return n >= LANES ? load(p) : load_part(p, n);
+}
+template <class E> static ALWAYS_INLINE void store_upto(E* p, vf x, int n) {
+    if (n >= LANES)
+        store(p, x);
+    else
+        store_part(p, x, n);
+}
+
+// n rows of D elements to float rows of DP elements, zero behind D.
+template <int D, int DP, class E>
+static ALWAYS_INLINE void take_rows(int n, const E* src, long rs, float* dst) {
+    for (int i = 0; i < n; ++i)
+        for (int c = 0; c < DP; c += LANES)
+            store(dst + i * DP + c, load_upto(src + i * rs + c, D - c));
+}
+
+// Rows usable as they lie, or a copy: A operands are read element by element, B operands by vector.
+struct View {
+    const float* p;
+    long rs;
+};
+template <int D, int DP, class E>
+static ALWAYS_INLINE View view(int n, const E* src, long rs, float* room, bool by_vector) {
+    if constexpr (sizeof(E) == 4)
+        if (!by_vector || D == DP) return {(const float*)src, rs};
+    take_rows<D, DP>(n, src, rs, room);
+    return {room, DP};
+}
+
+template <int DP> static ALWAYS_INLINE float dot(const float* a, const float* b) {
+    vf s{};
+    for (int c = 0; c < DP; c += LANES) s += load(a + c) * load(b + c);
+    return sum_lanes(s);
+}
+template <int D> static ALWAYS_INLINE float dot_part(const float* a, const float* b) {
+    vf s{};
+    int c = 0;
+    for (; c + LANES <= D; c += LANES) s += load(a + c) * load(b + c);
+    if (c < D) s += load_part(a + c, D - c) * load_part(b + c, D - c);
+    return sum_lanes(s);
+}
+
+// f(std::integral_constant<int, NV>, column) for panels of NV vectors that cover DP columns.
+template <int DP, class F> static ALWAYS_INLINE void panels(F f) {
+    int c = 0;
+    for (; c + PANEL <= DP; c += PANEL) f(std::integral_constant<int, PANEL_VECTORS>{}, c);
+    for (; c < DP; c += LANES) f(std::integral_constant<int, 1>{}, c);
+}
+
+// C[M x DP] = finish(row, column, A B): the sums stay in registers until then.
+template <int DP, class Finish>
+static ALWAYS_INLINE void product(int M, int K, const float* A, long ars, long acs, const float* B,
+                                  long ldb, Finish finish) {
+    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
+        gemm_tiles<decltype(nv)::value>(
+            M, K, A, ars, acs, B + c, ldb,
+            [=](int m, int v, vf sum) INLINE_LAMBDA { finish(m, c + v * LANES, sum); });
+    });
+}
+template <int DP, class Start, class Finish>
+static ALWAYS_INLINE void product_onto(int M, int K, const float* A, long ars, long acs,
+                                       const float* B, long ldb, Start start, Finish finish) {
+    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
+        gemm_onto<decltype(nv)::value>(
+            M, K, A, ars, acs, B + c, ldb,
+            [=](int m, int v) INLINE_LAMBDA { return start(m, c + v * LANES); },
+            [=](int m, int v, vf sum) INLINE_LAMBDA { finish(m, c + v * LANES, sum); });
+    });
+}
+
+// P[i][j] = finish(i, j, x_i . y_j) for j <= i (strict: j < i), 0 above; yt is y transposed (CP).
+template <int D, bool strict, class Finish>
+static ALWAYS_INLINE void lower(int n, const float* x, long xs, const float* yt, float* P,
+                                Finish finish) {
+    for (int p = 0; p < n; p += PANEL)
+        gemm_tiles<PANEL_VECTORS>(
+            n - p, D, x + p * xs, xs, 1, yt + p, CP, [=](int m, int v, vf sum) INLINE_LAMBDA {
+                int i = p + m, j = p + v * LANES;
+                vi seen = (iota() + j) < (i + (strict ? 0 : 1));
+                store(P + i * CP + j, (vf)(seen & (vi)finish(i, j, sum)));
+            });
+}
+
+constexpr int ROW_BLOCK = 2 * ROWS;
+
+// O[i] += sum_{j <= i} P[i][j] V[j] for n rows.
+template <int DP>
+static ALWAYS_INLINE void add_lower(int n, const float* P, const float* V, long vs, float* O,
+                                    long os) {
+    for (int r = 0; r < n; r += ROW_BLOCK) {
+        int rows = n - r < ROW_BLOCK ? n - r : ROW_BLOCK;
+        float* o = O + r * os;
+        product_onto<DP>(
+            rows, r + rows, P + r * CP, CP, 1, V, vs,
+            [=](int m, int c) INLINE_LAMBDA { return load(o + m * os + c); },
+            [=](int m, int c, vf s) INLINE_LAMBDA { store(o + m * os + c, s); });
+    }
+}
+
+// O[j] += sum_{i >= j} P[i][j] X[i] for n rows.
+template <int DP>
+static ALWAYS_INLINE void add_upper(int n, const float* P, const float* X, long xs, float* O,
+                                    long os) {
+    for (int r = 0; r < n; r += ROW_BLOCK) {
+        int rows = n - r < ROW_BLOCK ? n - r : ROW_BLOCK;
+        float* o = O + r * os;
+        product_onto<DP>(
+            rows, n - r, P + r * CP + r, 1, CP, X + r * xs, xs,
+            [=](int m, int c) INLINE_LAMBDA { return load(o + m * os + c); },
+            [=](int m, int c, vf s) INLINE_LAMBDA { store(o + m * os + c, s); });
+    }
+}
+
+// One decay per token: sums b of g in a chunk; index 0 is before the first token, i + 1 after i.
+struct ScalarDecay {
+    alignas(64) float high[CHUNK + 1 + LANES], low[CHUNK + 1 + LANES];
+    alignas(64) float read[CP + LANES];   // e^{b of a reader}
+    alignas(64) float upto[CP + LANES];   // e^{b_i}
+    alignas(64) float after[CP + LANES];  // e^{b_last - b_j}
+    alignas(64) float D[CHUNK * CP];      // e^{b of reader i - b_j}
+    alignas(64) float E[CHUNK * CP];      // e^{b_i - b_j}, for the reads of a correction
+    float whole;                          // e^{b_last}
+
+    vf apart(int row, int j) const {
+        return vmin(vf{}, (high[row] - load(high + 1 + j)) + (low[row] - load(low + 1 + j)));
+    }
+    // g: one step per token (stride gs) or a constant (stride 0).
+    void set(int n, const float* g, long gs) {
+        double b = 0;
+        high[0] = low[0] = 0;
+        for (int i = 0; i < CHUNK + LANES; ++i) {
+            float x = i < n ? g[i * gs] : 0.0f;
+            b += x < FLOOR ? FLOOR : x;
+            high[i + 1] = (float)b;
+            low[i + 1] = (float)(b - (double)(float)b);
+        }
+        for (int j = 0; j < n; j += LANES) {
+            store(after + j, exp_neg(apart(n, j)));
+            store(upto + j, exp_neg(load(high + 1 + j) + load(low + 1 + j)));
+            store(read + j, exp_neg(load(high + 1 + j - EXCLUSIVE) + load(low + 1 + j - EXCLUSIVE)));
+        }
+        whole = upto[n - 1];
+        for (int i = 0; i < n; ++i)
+            for (int j = 0; j <= i; j += LANES) {
+                store(D + i * CP + j, exp_neg(apart(i + 1 - EXCLUSIVE, j)));
+                if (CORRECTION == DELTA && EXCLUSIVE)
+                    store(E + i * CP + j, exp_neg(apart(i + 1, j)));
+            }
+    }
+    const float* among() const { return EXCLUSIVE ? E : D; }
+};
+
+// One decay per key channel: factors a = e^g, and their products from the start, to the end.
+// Products of numbers <= 1 never overflow and need no difference of sums.
+struct ChannelDecay {
+    alignas(64) float a[CHUNK * DKP], upto[(CHUNK + 1) * DKP], after[CHUNK * DKP];
+
+    void set(int n, const float* g, long gs) {
+        for (int c = 0; c < DKP; c += LANES) {
+            vf all = splat(1.0f);
+            store(upto + c, all);
+            for (int i = 0; i < n; ++i) {
+                vf x = load_upto(g + i * gs + c, DK - c);
+                x = select(x < FLOOR, splat(FLOOR), x);
+                vf one = exp_neg(x);
+                store(a + i * DKP + c, one);
+                all = all * one;
+                store(upto + (i + 1) * DKP + c, all);
+            }
+            all = splat(1.0f);
+            for (int j = n - 1; j >= 0; --j) {
+                store(after + j * DKP + c, all);
+                all = all * load(a + j * DKP + c);
+            }
+        }
+    }
+    const float* read() const { return upto + (EXCLUSIVE ? 0 : DKP); }
+    const float* whole(int n) const { return upto + n * DKP; }
+};
+
+// P[i][j] = scale * sum_d x_id y_jd prod_{j < t <= i (shift: < i)} a_td for j <= i (strict: j < i).
+// The key is carried along its column, multiplied by one factor a row.
+template <bool strict, bool shift>
+static void channel_lower(int n, const float* x, const float* y, const float* a, float scale,
+                          float* P) {
+    constexpr int BLOCK = 8;
+    alignas(64) vf sums[CHUNK][CP];
+    for (int i = 0; i < n; ++i)
+        for (int j = 0; j < CP; ++j) sums[i][j] = vf{};
+    auto block = [&](auto size, int c0) INLINE_LAMBDA {
+        constexpr int NV = decltype(size)::value;
+        for (int j = 0; j < n; ++j) {
+            vf key[NV];
+            UNROLL for (int v = 0; v < NV; ++v) key[v] = load(y + j * DKP + c0 + v * LANES);
+            for (int i = j; i < n; ++i) {
+                const float *xi = x + i * DKP + c0, *ai = a + i * DKP + c0;
+                if (i > j && !shift)
+                    UNROLL for (int v = 0; v < NV; ++v) key[v] *= load(ai + v * LANES);
+                if (i > j || !strict) {
+                    vf s[2] = {sums[i][j], vf{}};
+                    UNROLL for (int v = 0; v < NV; ++v) s[v & 1] += load(xi + v * LANES) * key[v];
+                    sums[i][j] = s[0] + s[1];
+                }
+                if (i > j && shift)
+                    UNROLL for (int v = 0; v < NV; ++v) key[v] *= load(ai + v * LANES);
+            }
+        }
+    };
+    int c = 0;
+    for (; c + BLOCK * LANES <= DKP; c += BLOCK * LANES)
+        block(std::integral_constant<int, BLOCK>{}, c);
+    if constexpr (KV_ % BLOCK != 0) block(std::integral_constant<int, KV_ % BLOCK>{}, c);
+    for (int i = 0; i < n; ++i)
+        for (int j = 0; j < CP; j += LANES) {
+            vf t[LANES];
+            UNROLL for (int l = 0; l < LANES; ++l) t[l] = sums[i][j + l];
+            transpose_square(t);
+            UNROLL for (int d = LANES / 2; d; d /= 2)
+                UNROLL for (int l = 0; l < d; ++l) t[l] += t[l + d];
+            store(P + i * CP + j, t[0] * scale);
+        }
+}
+
+// X = (1 + M)^-1 X in place, M strictly lower triangular: blocks of rows, the last step in registers.
+template <int DP> static void solve_lower(int n, const float* M, float* X) {
+    constexpr int B = 8;
+    for (int r = 0; r < n; r += B) {
+        int rows = n - r < B ? n - r : B;
+        float* x = X + r * DP;
+        if (r)
+            product_onto<DP>(
+                rows, r, M + r * CP, CP, 1, X, DP,
+                [=](int m, int c) INLINE_LAMBDA { return -load(x + m * DP + c); },
+                [=](int m, int c, vf s) INLINE_LAMBDA { store(x + m * DP + c, -s); });
+        for (int c = 0; c < DP; c += LANES)
+            for (int i = 1; i < rows; ++i) {
+                vf s = load(x + i * DP + c);
+                for (int j = 0; j < i; ++j) s -= M[(r + i) * CP + r + j] * load(x + j * DP + c);
+                store(x + i * DP + c, s);
+            }
+    }
+}
+
+// X = (1 + M)^-T X in place.
+template <int DP> static void solve_upper(int n, const float* M, float* X) {
+    constexpr int B = 8;
+    for (int r = (n - 1) / B * B; r >= 0; r -= B) {
+        int rows = n - r < B ? n - r : B, below = r + rows;
+        float* x = X + r * DP;
+        if (below < n)
+            product_onto<DP>(
+                rows, n - below, M + below * CP + r, 1, CP, X + below * DP, DP,
+                [=](int m, int c) INLINE_LAMBDA { return -load(x + m * DP + c); },
+                [=](int m, int c, vf s) INLINE_LAMBDA { store(x + m * DP + c, -s); });
+        for (int c = 0; c < DP; c += LANES)
+            for (int j = rows - 2; j >= 0; --j) {
+                vf s = load(x + j * DP + c);
+                for (int i = j + 1; i < rows; ++i)
+                    s -= M[(r + i) * CP + r + j] * load(x + i * DP + c);
+                store(x + j * DP + c, s);
+            }
+    }
+}

@@ -1,0 +1,171 @@
+"""Raw `Recurrence` kernels in generated C++: chunks for sequences, single steps for few tokens."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.cpu.build import NoKernel, load
+from rewriter.backends.cpu.recurrence_unit import (
+    CTYPES,
+    chunk_length,
+    forward_unit,
+    step_unit,
+)
+from rewriter.backends.cpu.target import Target, host_target
+from rewriter.backends.inputs import RecurrenceInputs
+from rewriter.ir.recurrence import Recurrence
+
+FEW = 8  # tokens up to which the step form is the faster one
+PARALLEL_STEP = 1 << 18  # state elements from which a step is worth waking threads
+Call = Callable[..., None]
+
+
+def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | None:
+    """Why there is no kernel for the spec, as one sentence, or None."""
+    target = host_target()
+    if isinstance(target, str):
+        return target
+    if dtype not in CTYPES:
+        return f"its recurrence takes float32 and bfloat16, not {dtype}".replace("torch.", "")
+    if not 1 <= spec.key_dim <= 256 or not 1 <= spec.value_dim <= 256:
+        return f"its recurrence takes widths up to 256, not {spec.key_dim} and {spec.value_dim}"
+    if spec.normaliser == "max":
+        return "its recurrence has no max normaliser"
+    if not spec.causal and spec.decay != "none":
+        return "its bidirectional recurrence has no decay"
+    if needs_grad:
+        return "its recurrence has no backward pass"
+    problem = _step(spec, dtype, target) if spec.causal else _forward(spec, dtype, target)
+    return problem.reason if isinstance(problem, NoKernel) else None
+
+
+def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, N, Dv) in the dtype of v and the end state, float32; see `inputs`."""
+    x = _prepared(x)
+    B, H, N, _ = x.q.shape
+    Hkv = x.k.shape[1]
+    rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    out = x.v.new_empty(B, H, N, spec.value_dim)
+    end = x.v.new_empty(rows, Hkv, spec.key_dim, spec.state_width, dtype=torch.float32)
+    target = host_target()
+    assert isinstance(target, Target)
+    if spec.causal and (N <= FEW or spec.correction == "untied"):
+        _few(_step(spec, x.v.dtype, target), x, out, end)
+        return out, end
+    threads = torch.get_num_threads()
+    parts = _parts(spec, rows * Hkv, N, threads)
+    between = None
+    if parts > 1 or not spec.causal:
+        between = end.new_empty(rows * Hkv * parts, *end.shape[2:])
+    call = _call(x, out, end, rows, threads, parts)
+    kernel = _forward(spec, x.v.dtype, target)
+    assert not isinstance(kernel, NoKernel)
+    kernel(call.buffer_info()[0], _pointer(between))
+    return out, end
+
+
+def _prepared(x: RecurrenceInputs) -> RecurrenceInputs:
+    """Unit stride of the features; one dtype for q, k and v, float32 for the rest."""
+    kind = x.v.dtype
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        t = t if t.dtype == torch.float32 else t.float()
+        return t if t.dim() < 4 or t.stride(-1) == 1 else t.contiguous()
+
+    def narrow(t: Tensor) -> Tensor:
+        t = t if t.dtype == kind else t.to(kind)
+        return t if t.stride(-1) == 1 else t.contiguous()
+
+    cu = x.cu_seqlens
+    return RecurrenceInputs(
+        narrow(x.q),
+        narrow(x.k),
+        narrow(x.v),
+        wide(x.decay),
+        wide(x.beta),
+        wide(x.erase),
+        wide(x.add),
+        None if x.bonus is None else x.bonus.float().contiguous(),
+        None if cu is None else cu.to(torch.int32).contiguous(),
+        None if x.start is None else x.start.float().contiguous(),
+    )
+
+
+def _parts(spec: Recurrence, heads: int, tokens: int, threads: int) -> int:
+    """Parts of the sequence, so that every thread has work; a correction runs in one."""
+    if spec.correction != "none" or heads >= threads:
+        return 1
+    wanted = 2 * threads if spec.causal else threads
+    return max(1, min(-(-wanted // heads), tokens // (8 * chunk_length(spec))))
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
+    """Address and strides over batch, head and token; a constant per head has no token."""
+    if t is None:
+        return 0, 0, 0, 0
+    if t.dim() == 1:
+        return t.data_ptr(), 0, t.stride(0), 0
+    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
+
+
+def _call(
+    x: RecurrenceInputs, out: Tensor, end: Tensor, rows: int, threads: int, parts: int
+) -> array[int]:
+    """The struct `Call` of recurrence.hpp."""
+    B, H, N, _ = x.q.shape
+    call = array("q")
+    for t in (x.q, x.k, x.v, out, x.decay, x.beta, x.erase, x.add):
+        call.extend(_rows(t))
+    call.extend(_pointer(t) for t in (x.bonus, x.start, end, x.cu_seqlens))
+    call.extend((B, H, x.k.shape[1], N, rows, threads, parts))
+    return call
+
+
+def _few(kernel: Call | NoKernel, x: RecurrenceInputs, out: Tensor, end: Tensor) -> None:
+    assert not isinstance(kernel, NoKernel)
+    threads = torch.get_num_threads() if end.numel() >= PARALLEL_STEP else 1
+    given = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus, x.start)
+    flat = [None if t is None else t.contiguous() for t in given]
+    kernel(
+        *[0 if t is None else t.data_ptr() for t in flat],
+        end.data_ptr(),
+        out.data_ptr(),
+        x.q.shape[1],
+        x.k.shape[1],
+        x.q.shape[2],
+        end.shape[0],
+        _pointer(x.cu_seqlens),
+        threads,
+    )
+
+
+@lru_cache(maxsize=256)
+def _forward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
+    return _bound(load(forward_unit(spec, dtype, target)), "recurrence_forward", 2)
+
+
+@lru_cache(maxsize=256)
+def _step(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
+    return _bound(load(step_unit(spec, dtype, target)), "recurrence_step", 17)
+
+
+def _bound(library: ctypes.CDLL | NoKernel, name: str, pointers: int) -> Call | NoKernel:
+    if isinstance(library, NoKernel):
+        return library
+    function = getattr(library, name)
+    function.argtypes = (ctypes.c_int64,) * pointers
+    function.restype = None
+    kernel: Call = function
+    return kernel

@@ -1,0 +1,54 @@
+"""Translation units of the recurrence: constants of a spec, then its templates."""
+
+from __future__ import annotations
+
+import torch
+
+from rewriter.backends.cpu.build import Unit
+from rewriter.backends.cpu.source import assemble, header
+from rewriter.backends.cpu.target import Target
+from rewriter.ir.recurrence import Recurrence
+
+CTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+_DECAYS = ("none", "head", "token", "channel")
+_CORRECTIONS = ("none", "delta", "untied")
+
+
+def chunk_length(spec: Recurrence) -> int:
+    """Tokens in a chunk: longer ones amortise the state, shorter ones waste less on pairs."""
+    return 16 if spec.decay == "channel" else 32
+
+
+def forward_unit(spec: Recurrence, dtype: torch.dtype, target: Target) -> Unit:
+    return _unit(spec, dtype, target, "forward")
+
+
+def backward_unit(spec: Recurrence, dtype: torch.dtype, target: Target) -> Unit:
+    return _unit(spec, dtype, target, "backward")
+
+
+def step_unit(spec: Recurrence, dtype: torch.dtype, target: Target) -> Unit:
+    return _unit(spec, dtype, target, "step")
+
+
+def _unit(spec: Recurrence, dtype: torch.dtype, target: Target, part: str) -> Unit:
+    constants: dict[str, int | float | bool] = {
+        "DK": spec.key_dim,
+        "DV": spec.value_dim,
+        "DECAY": _DECAYS.index(spec.decay),
+        "CORRECTION": _CORRECTIONS.index(spec.correction),
+        "EXCLUSIVE": spec.read == "exclusive",
+        "BONUS": spec.bonus,
+        "ONES": spec.normaliser == "ones",
+        "CAUSAL": spec.causal,
+        "CHUNK": chunk_length(spec),
+        "SCALE": float(spec.scale),
+    }
+    source = assemble(
+        target,
+        ("math", "pack", f"recurrence_{part}"),
+        constants,
+        {"T": CTYPES[dtype]},
+        "#include <cstdlib>\n#include <type_traits>\n" + header("recurrence"),
+    )
+    return Unit(f"recurrence_{part}", source, target)
