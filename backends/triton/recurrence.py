@@ -13,6 +13,7 @@ from torch import Tensor
 from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.backends.triton.launch import Runner, execute, unavailable
 from rewriter.backends.triton.recurrence_backward import Cotangents, divided, gradients
+from rewriter.backends.triton.recurrence_delta import solve
 from rewriter.backends.triton.recurrence_forward import (
     Call,
     chunk_states,
@@ -53,12 +54,18 @@ def forward(
     if not spec.causal:
         return _both_ways(spec, x, run, target), _unchanged(spec, x)
     call = Call.of(spec, x, run, target)
-    if spec.correction == "untied" or call.size.length <= LONGEST:
+    # A bonus reads v itself, where the chunked delta rule keeps only what is written.
+    unchunked = spec.correction == "untied" or (spec.correction == "delta" and spec.bonus)
+    if unchunked or call.size.length <= LONGEST:
         return walk(call)
     sums = decay_sums(call)
     scores = None
     if spec.decay == "channel" and sums is not None:
         scores = channel_scores(call, call.x.q, sums.reach, sums, call.exclusive)
+    if spec.correction == "delta":
+        solved = solve(call, sums)
+        out, _ = read_outputs(call, sums, solved.states, solved.fresh, scores)
+        return out, solved.states.end
     states = chunk_states(call, sums)
     out, _ = read_outputs(call, sums, states, scores=scores)
     return out, states.end

@@ -76,6 +76,18 @@ _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
     {
         "states": (("*", 64, Config()), ("*", 256, Config())),
         "outputs": (("*", 64, Config()), ("*", 256, Config())),
+        "attend_queries": (
+            ("*", 64, Config(rows=64, keys=64, warps=4)),
+            ("gfx942", 128, Config(rows=64, keys=32, warps=4, stages=1)),
+            ("*", 128, Config(rows=64, keys=64, warps=8)),
+            ("*", 256, Config(rows=64, keys=32, warps=8, stages=1)),
+        ),
+        "attend_keys": (
+            ("*", 64, Config(rows=32, keys=64, warps=4)),
+            ("gfx942", 128, Config(rows=32, keys=64, warps=4, stages=1)),
+            ("*", 128, Config(rows=32, keys=64, warps=8)),
+            ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
+        ),
         "attend": (
             ("gfx942", 64, Config(rows=64, keys=64, warps=4, stages=1)),
             ("*", 64, Config(rows=64, keys=64, warps=4)),

@@ -1,0 +1,87 @@
+"""The delta rule in chunks: solve for what the tokens of a chunk really write.
+
+T = (I + M)^-1 with M the strictly lower part of beta (K K^T under the decay), W = T (beta exp(b) K)
+and U = T (beta V); the state pass then forms the written values U - W S. T stays in float32.
+Catalogue: linear.md section 2 (DELTA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from rewriter.backends.triton.chunks import block, strides
+from rewriter.backends.triton.emit import emit
+from rewriter.backends.triton.launch import Launch
+from rewriter.backends.triton.recurrence_forward import Call, States, Sums, chunk_states
+from rewriter.backends.triton.recurrence_scores import channel_scores
+from rewriter.backends.triton.targets import CHUNK
+
+
+@dataclass(frozen=True)
+class Solved:
+    """W (B, Hkv, N, Dk), the written values U - W S (B, Hkv, N, Dv), and the states they give.
+
+    `products` are the decayed K K^T of a decay per channel, (B, Hkv, N, CHUNK).
+    """
+
+    wash: Tensor
+    fresh: Tensor
+    states: States
+    products: Tensor | None
+
+
+def solve(call: Call, sums: Sums | None) -> Solved:
+    """Solve every chunk, then walk the states."""
+    spec, x, size = call.spec, call.x, call.size
+    assert x.beta is not None
+    products = None
+    if spec.decay == "channel" and sums is not None:
+        products = channel_scores(call, x.k, sums.written, sums, strict=True)
+    module = emit(
+        "recurrence_solve",
+        decay=spec.decay,
+        packed=call.packed,
+        precision=call.precision,
+        exact=call.exact,
+    )
+    kv = (size.batch, size.kv_heads, size.length)
+    wash = x.k.new_empty((*kv, spec.key_dim))
+    mixed = x.v.new_empty((*kv, spec.value_dim))
+    chosen = call.config("solve")
+    call.run(
+        Launch(
+            module.solve,
+            (size.slots, size.batch * size.kv_heads),
+            {
+                "k": x.k,
+                "v": x.v,
+                "beta": x.beta,
+                **({} if sums is None else {"written": sums.written}),
+                **({} if products is None else {"products": products}),
+                "wash": wash,
+                "mixed": mixed,
+                **size.chunk_args(),
+                **strides("k", x.k),
+                **strides("v", x.v),
+                **strides("beta", x.beta),
+                "heads": size.kv_heads,
+                "length": size.length,
+            },
+            {
+                "DK": spec.key_dim,
+                "DV": spec.value_dim,
+                "C": CHUNK,
+                "BK": block(spec.key_dim, chosen.keys),
+                "BV": block(spec.value_dim, chosen.values),
+            },
+            chosen.warps,
+            chosen.stages,
+        )
+    )
+    fresh = x.v.new_empty((*kv, spec.value_dim))
+    # An exclusive read moves only what rows reach, never what is written.
+    plain = replace(call, spec=replace(spec, read="inclusive", bonus=False))
+    states = chunk_states(plain, sums, mixed, wash, fresh)
+    return Solved(wash, fresh, states, products)
