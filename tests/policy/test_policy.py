@@ -19,6 +19,7 @@ PRESETS = {
     "hybrid",
     "smollm2-hybrid",
     "encoder-hybrid",
+    "exact",
 }
 
 
