@@ -24,28 +24,29 @@ def assemble(
     constants: Mapping[str, int | float | bool],
     types: Mapping[str, str] | None = None,
     code: str = "",
+    split: str | None = None,
 ) -> str:
     """One self-contained translation unit.
 
     Args:
         target: gives LANES.
-        headers: names of headers; those they include are put before them. The last ones may use
-            the constants, types and `code`.
+        headers: names of headers; those they include are put before them.
         constants: `constexpr` values by name.
         types: type aliases by name.
-        code: C++ text after the constants and before the last header, for generated functions.
+        code: C++ text after the constants, for generated functions.
+        split: the first header that uses the constants, types and `code`, which come right before
+            it; the last header if not given.
 
     The text holds everything it depends on, so its hash identifies the unit.
     """
     order: list[str] = []
     for name in headers:
         _add(name, order)
-    parts = [f"#define LANES {target.lanes}\n"]
-    last = order.pop()
-    parts += [_body(name) for name in order]
+    cut = len(order) - 1 if split is None else order.index(split)
+    parts = [f"#define LANES {target.lanes}\n", *(_body(name) for name in order[:cut])]
     parts += [f"using {name} = {value};\n" for name, value in (types or {}).items()]
     parts += [_constant(name, value) for name, value in constants.items()]
-    return "".join([*parts, code, _body(last)])
+    return "".join([*parts, code, *(_body(name) for name in order[cut:])])
 
 
 def _add(name: str, order: list[str]) -> None:

@@ -1,0 +1,167 @@
+"""The tensors of a `BlockSparse` call as its C++ kernels read them."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.cpu.attention_units import Kernel
+from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
+from rewriter.backends.schedule import schedule
+from rewriter.ir.block_sparse import BlockSparse
+
+
+class Call:
+    """The tensors of a call as the kernel reads them. It keeps them alive while the kernel runs."""
+
+    def __init__(self, spec: BlockSparse, x: BlockSparseInputs, kernel: Kernel) -> None:
+        self.q, self.k, self.v = (_unit_columns(t) for t in (x.q, x.k, x.v))
+        self.hooks = [_floats(t) for t in (x.sinks, x.slopes, x.temperature)]
+        self.bias = None if x.bias is None else _unit_columns(x.bias.float())
+        self.lengths = [_ints(t) for t in (x.key_lengths, x.cu_seqlens, x.blocks)]
+        self.tables = (ctypes.c_void_p * max(len(kernel.tables), 1))(
+            *(t.data_ptr() for t in kernel.tables)
+        )
+        B, H, M, _ = self.q.shape
+        N = self.k.shape[2]
+        self.sizes = (B, H, self.k.shape[1], M, N)
+        block_q, block_k = (spec.block, spec.block) if spec.block else (kernel.rows, kernel.keys)
+        self.plan = schedule(spec.mask, M, N, H, block_q, block_k, spec.offset)
+        self.threads, self.scale = torch.get_num_threads(), spec.scale
+        rows = self.plan.starts.shape[1] - 1
+        self.tasks = rows * -(-block_q // kernel.rows)
+        self.ready = (
+            _rows(self.k, kernel.pairs),
+            _interleaved(self.v) if kernel.pairs else _rows(self.v, False),
+        )
+
+    def array(self, out: Tensor, lse: Tensor) -> ctypes.Array[ctypes.c_int64]:
+        """The struct `Call`: its fields in their order."""
+        s, k, v = self.plan, *self.ready
+        cu, lists = self.lengths[1], self.lengths[2]
+        bias = (0, 0, 0) if self.bias is None else _broadcast_strides(self.bias)
+        return _pack(
+            *(t.data_ptr() for t in (self.q, self.k, self.v, out, lse)),
+            *(_pointer(t) for t in (*self.hooks, self.bias, *self.lengths)),
+            *(t.data_ptr() for t in (s.starts, s.blocks, s.full)),
+            ctypes.addressof(self.tables),
+            *(k.data.data_ptr(), v.data.data_ptr(), k.copied, v.copied),
+            *self.sizes,
+            *(n for t in (self.q, self.k, self.v) for n in t.stride()[:3]),
+            *(*k.strides, *v.strides, *bias),
+            *(0 if cu is None else cu.numel() - 1, 0 if lists is None else lists.shape[-1]),
+            *(s.starts.shape[0], s.starts.shape[1] - 1, s.block_q, s.block_k, s.offset),
+            self.threads,
+        )
+
+
+class GradBuffers:
+    """Where the backward kernel writes."""
+
+    def __init__(
+        self, spec: BlockSparse, x: BlockSparseInputs, call: Call, grad_out: Tensor
+    ) -> None:
+        self.x, self.call = x, call
+        self.grad_out = _unit_columns(grad_out.to(x.v.dtype))
+        B, H, Hkv, M, N = call.sizes
+        floats = torch.float32
+        self.dq, self.dk, self.dv = (torch.empty(t.shape, dtype=x.v.dtype) for t in (x.q, x.k, x.v))
+        self.delta = torch.empty((B, H, M), dtype=floats)
+        self.temperature = torch.empty((B, H, M), dtype=floats) if spec.temperature else None
+        self.slopes = torch.empty((B, H, call.tasks), dtype=floats) if spec.slopes else None
+        self.bias = torch.zeros(x.bias.shape, dtype=floats) if x.bias is not None else None
+        # Gradients of one key come from many rows: each slice of the rows has sums of its own.
+        units = B * Hkv
+        self.slices = 1 if units % call.threads == 0 else -(-2 * call.threads // units)
+        self.direct = self.slices == 1 and x.v.dtype == floats
+        shape = (B, Hkv, self.slices, N)
+        self.sums = tuple(
+            g if self.direct else torch.empty((*shape, g.shape[-1]), dtype=floats)
+            for g in (self.dk, self.dv)
+        )
+
+    def array(self) -> ctypes.Array[ctypes.c_int64]:
+        """The struct `Grads`: its fields in their order."""
+        B, H, _, M, N = self.call.sizes
+        bias = (0, 0, 0)
+        if self.bias is not None:
+            rows, heads, _, _ = self.bias.shape
+            strides = (0 if rows == 1 else heads * M * N, 0 if heads == 1 else M * N)
+            bias = (*strides, rows < B or heads < H)
+        return _pack(
+            *(self.grad_out.data_ptr(), *self.grad_out.stride()[:3]),
+            *(t.data_ptr() for t in (self.dq, self.dk, self.dv, self.delta)),
+            *(_pointer(t) for t in (self.temperature, self.slopes, self.bias)),
+            *bias,
+            *(t.data_ptr() for t in self.sums),
+            *(self.slices, self.direct),
+        )
+
+    def results(self, lse: Tensor) -> BlockSparseGrads:
+        """The gradients, once the kernel has run."""
+        x = self.x
+        sinks = None
+        if x.sinks is not None:
+            # A sink has value 0, so its gradient is its weight times -delta.
+            weight = torch.exp(x.sinks.float()[:, None] - lse)
+            sinks = -(weight * self.delta).sum((0, 2))
+        return BlockSparseGrads(
+            *(self.dq, self.dk, self.dv, sinks),
+            None if self.slopes is None else self.slopes.sum((0, 2)),
+            self.bias,
+            None if self.temperature is None else self.temperature.sum(0) * self.call.scale,
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows without gaps: where they are, whether the kernel copies them there, strides (b, h)."""
+
+    data: Tensor
+    copied: bool
+    strides: tuple[int, int]
+
+
+def _rows(x: Tensor, pairs: bool) -> _Rows:
+    B, H, N, D = x.shape
+    b, h, n, _ = x.stride()
+    half = 2 if pairs else 1
+    packed = n == D or N == 1
+    if packed and (x.dtype == torch.float32 or (pairs and b % 2 == 0 and h % 2 == 0)):
+        return _Rows(x, False, (b // half, h // half))
+    dtype = x.dtype if pairs else torch.float32
+    return _Rows(torch.empty(B * H * N * D, dtype=dtype), True, (H * N * D // half, N * D // half))
+
+
+def _interleaved(x: Tensor) -> _Rows:
+    B, H, N, D = x.shape
+    count = -(-N // 2) * D
+    return _Rows(torch.empty(B * H * count, dtype=torch.int32), True, (H * count, count))
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _broadcast_strides(x: Tensor) -> tuple[int, int, int]:
+    b, h, m, _ = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+    return b, h, m
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _ints(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()
+
+
+def _pack(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

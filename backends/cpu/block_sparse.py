@@ -1,0 +1,114 @@
+"""`BlockSparse` in generated C++: forward and backward on float32 and bfloat16 tensors.
+
+One unit is compiled for each combination of head sizes, dtype, score hooks and mask predicate;
+lengths, batch, heads, strides, scale and soft cap are arguments. The schedule comes from
+`backends.schedule`. Catalogue: sparse.md section 1 (K1, K2, K6a).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from rewriter.backends.cpu.attention_call import Call, GradBuffers
+from rewriter.backends.cpu.attention_units import Kernel, Pass, kernel_of
+from rewriter.backends.cpu.build import NoKernel, load
+from rewriter.backends.cpu.target import host_target
+from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
+from rewriter.errors import UnsupportedError
+from rewriter.ir.block_sparse import BlockSparse
+
+
+def decline(spec: BlockSparse, dtype: torch.dtype, needs_grad: bool) -> str | None:
+    """Why it cannot serve a spec, as one sentence, or None if it can. Compiles what is needed."""
+    passes: tuple[Pass, ...] = ("forward", "backward") if needs_grad else ("forward",)
+    for name in passes:
+        found = _find(spec, dtype, name)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def forward(spec: BlockSparse, x: BlockSparseInputs) -> tuple[Tensor, Tensor]:
+    """Attention over the keys the predicate allows.
+
+    Args:
+        spec: what to compute.
+        x: tensors on the CPU, q, k, v of one dtype, float32 or bfloat16, with any strides.
+
+    Returns:
+        out (B, H, M, Dv) in the dtype of v and the log-sum-exp (B, H, M) float32, contiguous; 0 and
+        -inf in a row that sees nothing.
+
+    Raises:
+        UnsupportedError: there is no kernel for the call; `decline` says why beforehand.
+    """
+    kernel, library = _ready(spec, x, "forward")
+    B, H, M, _ = x.q.shape
+    out = torch.empty((B, H, M, spec.value_dim), dtype=x.v.dtype)
+    lse = torch.empty((B, H, M), dtype=torch.float32)
+    if min(x.q.numel(), x.k.numel()) == 0:
+        return _nothing(spec, x, out, lse)
+    call = Call(spec, x, kernel)
+    library.forward(call.array(out, lse), *_scalars(spec))
+    return out, lse
+
+
+def backward(
+    spec: BlockSparse, x: BlockSparseInputs, out: Tensor, lse: Tensor, grad_out: Tensor
+) -> BlockSparseGrads:
+    """Gradients of the inputs that were given. Scores are computed again, none are kept.
+
+    Args:
+        spec, x: of the forward call; out, lse: its results.
+        grad_out: gradient of `out`.
+
+    Raises:
+        UnsupportedError: there is no kernel for the call.
+    """
+    kernel, library = _ready(spec, x, "backward")
+    if min(x.q.numel(), x.k.numel()) == 0:
+        return _no_grads(x)
+    call = Call(spec, x, kernel)
+    to = GradBuffers(spec, x, call, grad_out)
+    out, lse = out.contiguous(), lse.contiguous()
+    library.backward(call.array(out, lse), to.array(), *_scalars(spec))
+    return to.results(lse)
+
+
+def _find(spec: BlockSparse, dtype: torch.dtype, name: Pass) -> tuple[Kernel, ctypes.CDLL] | str:
+    target = host_target()
+    kernel = target if isinstance(target, str) else kernel_of(spec, dtype, target, name)
+    if isinstance(kernel, str):
+        return kernel
+    library = load(kernel.unit)
+    return library.reason if isinstance(library, NoKernel) else (kernel, library)
+
+
+def _ready(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, ctypes.CDLL]:
+    found = _find(spec, x.v.dtype, name)
+    if not x.q.dtype == x.k.dtype == x.v.dtype:
+        found = "q, k and v differ in dtype"
+    if isinstance(found, str):
+        raise UnsupportedError(f"no CPU kernel serves this BlockSparse call: {found}")
+    return found
+
+
+def _nothing(
+    spec: BlockSparse, x: BlockSparseInputs, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    lse.fill_(0.0 if spec.weight == "sigmoid" else -torch.inf)
+    if x.sinks is not None:
+        lse.copy_(x.sinks[:, None].expand_as(lse))
+    return out.zero_(), lse
+
+
+def _no_grads(x: BlockSparseInputs) -> BlockSparseGrads:
+    given = (x.q, x.k, x.v, x.sinks, x.slopes, x.bias, x.temperature)
+    return BlockSparseGrads(*(None if t is None else torch.zeros_like(t) for t in given))  # type: ignore[arg-type]
+
+
+def _scalars(spec: BlockSparse) -> tuple[ctypes.c_float, ctypes.c_float]:
+    return ctypes.c_float(spec.scale), ctypes.c_float(spec.softcap or 1.0)
