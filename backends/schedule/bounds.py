@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from itertools import combinations, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,23 +59,17 @@ def truth(term: Term, at: Rectangles) -> Truth:
         inner = truth(term.args[0], at)
         return Truth(inner.fail, inner.may, inner.miss, inner.hit)
     if term.op == "and":
-        return _all([truth(a, at) for a in term.args], _apart(term.args))
+        return _all([truth(a, at) for a in term.args], term.apart)
     if term.op == "or":
         parts = [truth(a, at) for a in term.args]
-        flipped = _all([Truth(p.fail, p.may, p.miss, p.hit) for p in parts], _apart(term.args))
+        flipped = _all([Truth(p.fail, p.may, p.miss, p.hit) for p in parts], term.apart)
         return Truth(flipped.fail, flipped.may, flipped.miss, flipped.hit)
     if term.op == "table":
         return _table(term, at)
-    left, right = term.args
     if term.op in ("le", "lt"):
-        return _less(left, right, term.op == "lt", at)
-    same = _equal(left, right, at)
+        return _less(term, at)
+    same = _equal(term, at)
     return same if term.op == "eq" else Truth(same.fail, same.may, same.miss, same.hit)
-
-
-def _apart(terms: Sequence[Term]) -> bool:
-    """Whether no two terms share a position, so that their values vary independently."""
-    return not any(a.names & b.names - {"h"} for a, b in combinations(terms, 2))
 
 
 def _all(parts: Sequence[Truth], apart: bool) -> Truth:
@@ -88,14 +82,15 @@ def _all(parts: Sequence[Truth], apart: bool) -> Truth:
     return Truth(may, fail, hit, reduce(np.logical_or, [p.miss for p in parts]))
 
 
-def _less(left: Term, right: Term, strict: bool, at: Rectangles) -> Truth:
-    a, b = bounds(left, at), bounds(right, at)
+def _less(term: Term, at: Rectangles) -> Truth:
+    a, b, strict = bounds(term.args[0], at), bounds(term.args[1], at), term.op == "lt"
     may, fail = a.lo + strict <= b.hi, a.hi + strict > b.lo
-    sure = a.tight & b.tight & _apart((left, right))
+    sure = a.tight & b.tight & term.apart
     return Truth(may, fail, may & (sure | ~fail), fail & (sure | ~may))
 
 
-def _equal(left: Term, right: Term, at: Rectangles) -> Truth:
+def _equal(term: Term, at: Rectangles) -> Truth:
+    left, right = term.args
     if right.op == "mod" and left.op == "const":
         left, right = right, left
     if left.op == "mod" and right.op == "const":
@@ -103,9 +98,8 @@ def _equal(left: Term, right: Term, at: Rectangles) -> Truth:
     a, b = bounds(left, at), bounds(right, at)
     may = (a.lo <= b.hi) & (b.lo <= a.hi)
     fail = (a.lo != b.lo) | (a.hi != b.hi) | (a.lo != a.hi)
-    apart = _apart((left, right))
-    hit = may & ((a.solid & b.solid & apart) | ~fail)
-    return Truth(may, fail, hit, fail & ((a.tight & b.tight & apart) | ~may))
+    hit = may & ((a.solid & b.solid & term.apart) | ~fail)
+    return Truth(may, fail, hit, fail & ((a.tight & b.tight & term.apart) | ~may))
 
 
 def _congruent(modulus: Term, rest: Term, at: Rectangles) -> Truth:
@@ -139,7 +133,7 @@ def _table(term: Term, at: Rectangles) -> Truth:
         count = count + sign * table.counts[tuple(e[c] for e, c in zip(ends, corner, strict=True))]
     count = np.where(inside > 0, count, 0)
     may, fail = count > 0, count < area
-    sure = reduce(np.logical_and, [x.solid for x in index]) & _apart(term.args)
+    sure = reduce(np.logical_and, [x.solid for x in index]) & term.apart
     return Truth(may, fail, may & (sure | ~fail), fail & (sure | ~may))
 
 
@@ -158,8 +152,8 @@ def bounds(term: Term, at: Rectangles) -> Range:
     if term.op == "abs":
         return _abs(bounds(term.args[0], at))
     out = bounds(term.args[0], at)
-    for k, other in enumerate(term.args[1:], 1):
-        out = _join(term.op, out, bounds(other, at), _apart((Term("add", term.args[:k]), other)))
+    for other in term.args[1:]:
+        out = _join(term.op, out, bounds(other, at), term.apart)
     return out
 
 

@@ -1,8 +1,8 @@
 """Finding the tiles a predicate touches, by halving rectangles.
 
-Start from the whole (query block, key block) plane. A rectangle that is empty is dropped, one that
-is full becomes runs of full tiles, any other is cut in four, down to single tiles. The number of
-rectangles is about that of the scheduled tiles at the borders, never that of all tiles.
+Start from a few rectangles of the (query block, key block) plane. One that is empty is dropped, one
+that is full becomes runs of full tiles, any other is cut in four, down to single tiles. The number
+of rectangles is about that of the scheduled tiles at the borders, never that of all tiles.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rewriter.ir.predicate import Term, value
 PAIRS = 1 << 24
 _AT_ONCE = 1 << 20
 _SAMPLES = 8
+_FIRST = 16
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ class _Rectangles:
 
 def find(term: Term, plane: Plane) -> Runs:
     """All tiles that may hold an allowed pair, as runs in no particular order."""
-    heads = np.arange(plane.heads, dtype=np.int64)
-    zero = np.zeros_like(heads)
-    todo = _Rectangles(heads, zero, zero, _power(plane.rows), _power(plane.columns))
+    todo = _start(plane)
     found: list[Runs] = []
     while todo.head.size:
         state = _classify(term, plane, todo)
@@ -90,8 +89,18 @@ def find(term: Term, plane: Plane) -> Runs:
     )
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+def _start(plane: Plane) -> _Rectangles:
+    """The plane in `_FIRST` by `_FIRST` rectangles or less: the work grows with steps at first."""
+    high, wide = (
+        max((1 << (n - 1).bit_length()) // _FIRST, 1) for n in (plane.rows, plane.columns)
+    )
+    head, r, c = np.meshgrid(
+        np.arange(plane.heads),
+        np.arange(0, plane.rows, high),
+        np.arange(0, plane.columns, wide),
+        indexing="ij",
+    )
+    return _Rectangles(head.ravel(), r.ravel(), c.ravel(), high, wide)
 
 
 def _classify(term: Term, plane: Plane, x: _Rectangles) -> Truth:

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
+from itertools import combinations
 from typing import Any, Literal
 
 import sympy
@@ -61,6 +62,11 @@ class Term:
         if self.op == "var":
             return frozenset({str(self.value)})
         return frozenset().union(*(a.names for a in self.args))
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether no two operands share a position, so that their values vary independently."""
+        return not any(a.names & b.names - {"h"} for a, b in combinations(self.args, 2))
 
 
 @lru_cache(maxsize=512)
