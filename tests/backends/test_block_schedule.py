@@ -69,6 +69,14 @@ def test_random_predicates(seed):
         check(case, 2, M, n, block_q, block_k, rng.choice([0, 0, n, 7]))
 
 
+def test_many_tiles():
+    """Enough tiles that rectangles are cut several times."""
+    rng = random.Random(123)
+    for case in [*named(300), *(drawn(rng, 300) for _ in range(40))]:
+        M, n, offset = rng.randint(150, 300), rng.randint(200, 300), rng.choice([0, 9])
+        check(case, 2, M, n, rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), offset)
+
+
 @pytest.mark.parametrize("case", named(N), ids=lambda c: c.name)
 def test_named_predicates(case):
     for M, n, block_q, block_k, offset in (
