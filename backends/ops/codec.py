@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import sympy
-from sympy.logic.boolalg import And, Boolean, Not, Or
+from sympy.logic.boolalg import ITE, And, Boolean, Equivalent, Implies, Not, Or, Xor
 
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.decode import Decode
+from rewriter.ir.lookup import Lookup, Table
 from rewriter.ir.recurrence import Recurrence
 
 Spec = Recurrence | BlockSparse | Decode
@@ -20,8 +23,10 @@ _SPECS: Mapping[str, type[Any]] = {c.__name__: c for c in (Recurrence, BlockSpar
 _NODES: Mapping[str, Callable[..., Any]] = {
     c.__name__: c
     for c in (
-        *(And, Or, Not, sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne),
-        *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Mod, sympy.floor, sympy.Abs),
+        *(And, Or, Not, Xor, Implies, Equivalent, ITE, Lookup),
+        *(sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne),
+        *(sympy.Add, sympy.Mul, sympy.Pow, sympy.Mod, sympy.floor, sympy.ceiling),
+        *(sympy.Abs, sympy.Max, sympy.Min),
     )
 }
 _ALIASES = {c.__name__: n for n, c in _NODES.items() if isinstance(c, type)}
@@ -60,6 +65,8 @@ def _tree(node: sympy.Basic) -> Any:
         return ["Rational", int(node.p), int(node.q)]
     if isinstance(node, sympy.Symbol):
         return ["Symbol", node.name]
+    if isinstance(node, Table):
+        return ["Table", np.packbits(node.values).tobytes().hex(), *node.shape]
     name = _ALIASES.get(type(node).__name__)
     if name is None:
         raise ValueError(f"{node} in a mask predicate has no text form")
@@ -76,4 +83,7 @@ def _expression(tree: Any) -> Boolean:
         return sympy.Symbol(args[0], integer=True, nonnegative=True)
     if name == "Rational":
         return sympy.Rational(*args)
+    if name == "Table":
+        packed = np.frombuffer(bytes.fromhex(args[0]), dtype=np.uint8)
+        return Table(np.unpackbits(packed, count=math.prod(args[1:])).tobytes(), tuple(args[1:]))
     return _NODES[name](*(_expression(a) for a in args))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from mask_cases import named
 from torch import Tensor
 
 from rewriter.backends.generated import kernel
@@ -197,6 +198,12 @@ def test_an_unknown_backend_is_named() -> None:
     ],
 )
 def test_specs_survive_as_text(spec: Any) -> None:
+    assert decode(encode(spec)) == spec
+
+
+@pytest.mark.parametrize("case", named(60), ids=lambda c: c.name)
+def test_every_mask_of_the_catalogue_survives_as_text(case: Any) -> None:
+    spec = BlockSparse(8, 8, 1.0, case.mask)
     assert decode(encode(spec)) == spec
 
 
