@@ -120,18 +120,27 @@ static ALWAYS_INLINE bool any(vi m) {
     return t != 0;
 }
 #endif
+namespace detail {
+// Lane l of the result is lane l ^ D.
+template <int D, int... L>
+static ALWAYS_INLINE vf exchange(vf x, std::integer_sequence<int, L...>) {
+    return SHUFFLE(x, x, (L ^ D)...);
+}
+template <int D> static ALWAYS_INLINE vf exchange(vf x) {
+    return exchange<D>(x, std::make_integer_sequence<int, LANES>{});
+}
+}  // namespace detail
 static ALWAYS_INLINE float sum_lanes(vf x) {
-    float t[LANES];
-    store(t, x);
-    UNROLL for (int d = LANES / 2; d; d /= 2) UNROLL for (int l = 0; l < d; ++l) t[l] += t[l + d];
-    return t[0];
+    if constexpr (LANES >= 16) x += detail::exchange<LANES / 2>(x);
+    if constexpr (LANES >= 8) x += detail::exchange<4>(x);
+    x += detail::exchange<2>(x);
+    return x[0] + x[1];
 }
 static ALWAYS_INLINE float max_lanes(vf x) {
-    float t[LANES];
-    store(t, x);
-    UNROLL for (int d = LANES / 2; d; d /= 2)
-        UNROLL for (int l = 0; l < d; ++l) t[l] = t[l] > t[l + d] ? t[l] : t[l + d];
-    return t[0];
+    if constexpr (LANES >= 16) x = vmax(x, detail::exchange<LANES / 2>(x));
+    if constexpr (LANES >= 8) x = vmax(x, detail::exchange<4>(x));
+    x = vmax(x, detail::exchange<2>(x));
+    return x[0] > x[1] ? x[0] : x[1];
 }
 template <int... L> static ALWAYS_INLINE vi iota_of(std::integer_sequence<int, L...>) {
     return vi{L...};

@@ -1,0 +1,320 @@
+// Attention of a few new tokens to a cache, bound by memory bandwidth: every key and value is read
+// once for all query heads of its group. Work is split over batch rows, KV heads and ranges of
+// keys; ranges are merged by their log-sum-exp.
+//
+// Constants of the unit: DK, DV, HAS_SOFTCAP, HAS_SINKS, PAGED, GATHERED; type io_t.
+#pragma once
+#include "math.hpp"
+#include "pack.hpp"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Every field has 8 bytes; the order is that of `decode.py`.
+struct Call {
+    const io_t *q, *k, *v;
+    io_t* out;
+    float* lse;
+    const float* sinks;
+    const int32_t *lengths, *pages, *index;
+    float* scratch;
+    long B, H, Hkv, n;
+    long slots;  // of a batch row; of a page
+    long ring, table;  // table: entries of `pages` or `index` in a row
+    long q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;  // k_b, v_b: of a page if PAGED
+    long splits, threads;
+};
+
+namespace {
+
+constexpr float INF = __builtin_inff();
+constexpr int BLOCK = 64;                    // keys at a time
+constexpr int GROUP = LANES == 16 ? 4 : 3;  // query rows at a time
+constexpr int KEYS = 4;                      // keys of a step of the dot products
+
+// A row of D numbers is KV vectors; the last one overlaps the one before it where LANES does not
+// divide D, so that nothing outside the row is read.
+template <int D> struct Row {
+    static constexpr int VECTORS = (D + LANES - 1) / LANES, WIDTH = VECTORS * LANES;
+    static ALWAYS_INLINE int at(int v) {
+        return D < LANES ? 0 : v * LANES < D - LANES ? v * LANES : D - LANES;
+    }
+    template <class T> static ALWAYS_INLINE vf get(const T* p, int v) {
+        if constexpr (D < LANES)
+            return load_part(p, D);
+        else
+            return load(p + at(v));
+    }
+};
+using KRow = Row<DK>;
+using VRow = Row<DV>;
+
+// What one item has accumulated: O in units of its largest score m, and the sum l of weights.
+struct Partial {
+    float *q, *O, *m, *l;
+    static long floats(long rows) { return rows * (KRow::WIDTH + VRow::WIDTH + 2); }
+    Partial(const Call& c, long item, long rows) {
+        q = c.scratch + item * floats(rows);
+        O = q + rows * KRow::WIDTH;
+        m = O + rows * VRow::WIDTH;
+        l = m + rows;
+    }
+};
+
+struct Block {
+    const io_t *k, *v;
+    long ks, vs;
+    int n;
+};
+
+// Neighbours summed: (a0 + a1, a2 + a3, b0 + b1, b2 + b3) in each group of four lanes.
+template <int... L>
+static ALWAYS_INLINE vf sum_pairs(vf a, vf b, std::integer_sequence<int, L...>) {
+    return SHUFFLE(a, b, ((L & ~3) + (L & 1) * 2 + (L & 2) / 2 * LANES)...) +
+           SHUFFLE(a, b, ((L & ~3) + (L & 1) * 2 + (L & 2) / 2 * LANES + 1)...);
+}
+
+// Sums of four vectors in the first four lanes.
+static ALWAYS_INLINE vf sum_four(const vf* x) {
+    std::make_integer_sequence<int, LANES> all;
+    vf s = sum_pairs(sum_pairs(x[0], x[1], all), sum_pairs(x[2], x[3], all), all);
+    if constexpr (LANES >= 16) s += detail::exchange<LANES / 2>(s);
+    if constexpr (LANES >= 8) s += detail::exchange<4>(s);
+    return s;
+}
+
+// S[r][j] = q_r . k_j
+template <int R>
+static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK + LANES]) {
+    for (int j = 0; j < x.n; j += KEYS) {
+        vf acc[R][KEYS] = {};
+        const io_t* k[KEYS];
+        UNROLL for (int i = 0; i < KEYS; ++i) {
+            int row = j + i < x.n ? j + i : x.n - 1;
+            k[i] = x.k + row * x.ks;
+            // The values of these keys are wanted next.
+            const char* v = (const char*)(x.v + row * x.vs);
+            for (int b = 0; b < DV * (int)sizeof(io_t); b += 64) __builtin_prefetch(v + b);
+        }
+        for (int c = 0; c < KRow::VECTORS; ++c) {
+            vf z[R];
+            UNROLL for (int r = 0; r < R; ++r) z[r] = load(q + r * KRow::WIDTH + c * LANES);
+            UNROLL for (int i = 0; i < KEYS; ++i) {
+                vf y = KRow::get(k[i], c);
+                UNROLL for (int r = 0; r < R; ++r) acc[r][i] += z[r] * y;
+            }
+        }
+        UNROLL for (int r = 0; r < R; ++r) store(S[r] + j, sum_four(acc[r]));
+    }
+}
+
+// Scores of a row to weights; what is there already shrinks by the result.
+static ALWAYS_INLINE float weigh(float* S, int n, float cap, float& m, float& l) {
+    for (int j = n; j < (n + LANES - 1) / LANES * LANES; ++j) S[j] = -INF;
+    vf top = splat(-INF);
+    for (int j = 0; j < n; j += LANES) {
+        vf s = load(S + j);
+        if constexpr (HAS_SOFTCAP) {
+            s = select(s == -INF, s, tanh_(s) * (cap * LOG2E));
+            store(S + j, s);
+        }
+        top = vmax(s, top);
+    }
+    float larger = max_lanes(top);
+    larger = larger > m ? larger : m;
+    float base = larger == -INF ? 0.0f : larger;
+    vf sum{};
+    for (int j = 0; j < n; j += LANES) {
+        vf w = exp2_neg(load(S + j) - base);
+        sum += w;
+        store(S + j, w);
+    }
+    float shrink = exp2_neg(splat(m - base))[0];
+    m = larger;
+    l = l * shrink + sum_lanes(sum);
+    return shrink;
+}
+
+// O_r = shrink_r O_r + sum_j S[r][j] v_j
+template <int R, int NV>
+static ALWAYS_INLINE void values_part(const io_t* v, long vs, int n, int first, float* O,
+                                      const float (*S)[BLOCK + LANES], const float* shrink) {
+    vf acc[R][NV];
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int c = 0; c < NV; ++c)
+            acc[r][c] = load(O + r * VRow::WIDTH + (first + c) * LANES) * shrink[r];
+    for (int j = 0; j < n; ++j) {
+        vf w[R];
+        UNROLL for (int r = 0; r < R; ++r) w[r] = splat(S[r][j]);
+        UNROLL for (int c = 0; c < NV; ++c) {
+            vf y = VRow::get(v + j * vs, first + c);
+            UNROLL for (int r = 0; r < R; ++r) acc[r][c] += w[r] * y;
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int c = 0; c < NV; ++c)
+            store(O + r * VRow::WIDTH + (first + c) * LANES, acc[r][c]);
+}
+
+template <int R>
+static ALWAYS_INLINE void values(const Block& x, int n, float* O, const float (*S)[BLOCK + LANES],
+                                 const float* shrink) {
+    constexpr int NV = VRow::VECTORS < 4 ? VRow::VECTORS : 4;
+    int c = 0;
+    for (; c + NV <= VRow::VECTORS; c += NV) values_part<R, NV>(x.v, x.vs, n, c, O, S, shrink);
+    for (; c < VRow::VECTORS; ++c) values_part<R, 1>(x.v, x.vs, n, c, O, S, shrink);
+}
+
+// R query rows against a block; row r sees its first seen[r] keys.
+template <int R>
+static __attribute__((noinline)) void rows_of(const Block& x, long row, const int* seen, float cap,
+                                              Partial& part) {
+    alignas(64) float S[R][BLOCK + LANES];
+    float shrink[R];
+    dots<R>(x, part.q + row * KRow::WIDTH, S);
+    bool whole = true;
+    for (int r = 0; r < R; ++r) {
+        whole = whole && seen[r] >= x.n;
+        int n = seen[r] < x.n ? seen[r] : x.n;
+        shrink[r] = n > 0 ? weigh(S[r], n, cap, part.m[row + r], part.l[row + r]) : 1.0f;
+    }
+    float* O = part.O + row * VRow::WIDTH;
+    if (whole) {
+        values<R>(x, x.n, O, S, shrink);
+        return;
+    }
+    // A hidden value may be NaN: it is not multiplied by 0 but left out.
+    for (int r = 0; r < R; ++r)
+        if (seen[r] > 0)
+            values<1>(x, seen[r] < x.n ? seen[r] : x.n, O + r * VRow::WIDTH, S + r, shrink + r);
+}
+
+static inline void serve(const Call& c, const Block& x, long rows, const int* seen, float cap,
+                         Partial& part) {
+    long r = 0;
+    for (; rows - r >= 2 * GROUP || rows - r == GROUP; r += GROUP)
+        rows_of<GROUP>(x, r, seen + r, cap, part);
+    while (r < rows) {
+        // Two even parts rather than a full one and a single row.
+        int left = (int)(rows - r), take = left > GROUP ? (left + 1) / 2 : left;
+        if (take == 1)
+            rows_of<1>(x, r, seen + r, cap, part);
+        else if (take == 2)
+            rows_of<2>(x, r, seen + r, cap, part);
+        else if (take == 3)
+            rows_of<3>(x, r, seen + r, cap, part);
+        else
+            rows_of<GROUP>(x, r, seen + r, cap, part);
+        r += take;
+    }
+}
+
+// Keys that row b of the batch has.
+static inline long count_keys(const Call& c, long b, long kv) {
+    if constexpr (GATHERED) {
+        const int32_t* index = c.index + (b * c.Hkv + kv) * c.table;
+        long n = 0;
+        while (n < c.table && index[n] >= 0) ++n;
+        return n;
+    }
+    long most = PAGED ? c.table * c.slots : c.slots;
+    long n = c.lengths ? c.lengths[b] : most;
+    return n < 0 ? 0 : n < most ? n : most;
+}
+
+static void run(const Call& c, long item, float scale, float cap) {
+    long split = item % c.splits, kv = item / c.splits % c.Hkv, b = item / c.splits / c.Hkv;
+    long group = c.H / c.Hkv, rows = group * c.n;
+    Partial part(c, item, rows);
+    float factor = HAS_SOFTCAP ? scale / cap : scale * LOG2E;
+    memset(part.q, 0, sizeof(float) * rows * (KRow::WIDTH + VRow::WIDTH));
+    for (long r = 0; r < rows; ++r) {
+        const io_t* q = c.q + b * c.q_b + (kv * group + r / c.n) * c.q_h + r % c.n * c.q_n;
+        for (int d = 0; d < DK; ++d) {
+            int at = d / LANES * LANES + d % LANES;
+            if (DK > LANES && d >= DK / LANES * LANES) at = d - (DK - LANES) + DK / LANES * LANES;
+            part.q[r * KRow::WIDTH + at] = to_float(q[d]) * factor;
+        }
+        part.m[r] = -INF;
+        part.l[r] = 0.0f;
+    }
+    long keys = count_keys(c, b, kv);
+    long share = (keys + c.splits - 1) / c.splits;
+    share = (share + BLOCK - 1) / BLOCK * BLOCK;
+    long begin = split * share, end = begin + share < keys ? begin + share : keys;
+    alignas(64) io_t gathered_k[GATHERED ? BLOCK * DK : 1], gathered_v[GATHERED ? BLOCK * DV : 1];
+    int seen[4 * 1024];
+    for (long at = begin; at < end;) {
+        Block x{c.k + kv * c.k_h, c.v + kv * c.v_h, c.k_n, c.v_n, 0};
+        x.n = (int)(end - at < BLOCK ? end - at : BLOCK);
+        if constexpr (PAGED) {
+            long page = c.pages[b * c.table + at / c.slots], row = at % c.slots;
+            if (c.slots - row < x.n) x.n = (int)(c.slots - row);
+            x.k += page * c.k_b + row * c.k_n;
+            x.v += page * c.v_b + row * c.v_n;
+        } else if constexpr (GATHERED) {
+            const int32_t* index = c.index + (b * c.Hkv + kv) * c.table + at;
+            for (int j = 0; j < x.n; ++j) {
+                memcpy(gathered_k + j * DK, x.k + b * c.k_b + index[j] * c.k_n, DK * sizeof(io_t));
+                memcpy(gathered_v + j * DV, x.v + b * c.v_b + index[j] * c.v_n, DV * sizeof(io_t));
+            }
+            x = {gathered_k, gathered_v, DK, DV, x.n};
+        } else {
+            x.k += b * c.k_b + at * c.k_n;
+            x.v += b * c.v_b + at * c.v_n;
+        }
+        // Of n new tokens, token r sees the keys up to keys - n + r.
+        for (long r = 0; r < rows; ++r) {
+            long last = GATHERED || c.ring ? keys : keys - c.n + r % c.n + 1;
+            seen[r] = (int)(last - at < 0 ? 0 : last - at < x.n ? last - at : x.n);
+        }
+        serve(c, x, rows, seen, cap, part);
+        at += x.n;
+    }
+}
+
+// The row of a head from its parts.
+static void merge(const Call& c, long b, long h, long t) {
+    long group = c.H / c.Hkv, rows = group * c.n, kv = h / group, row = h % group * c.n + t;
+    float m = HAS_SINKS ? c.sinks[h] * LOG2E : -INF;
+    float l = HAS_SINKS ? 1.0f : 0.0f;
+    alignas(64) float O[VRow::WIDTH] = {};
+    for (long s = 0; s < c.splits; ++s) {
+        Partial part(c, (b * c.Hkv + kv) * c.splits + s, rows);
+        float mine = part.m[row], larger = mine > m ? mine : m;
+        float base = larger == -INF ? 0.0f : larger;
+        float old = exp2_neg(splat(m - base))[0], now = exp2_neg(splat(mine - base))[0];
+        for (int d = 0; d < VRow::WIDTH; ++d)
+            O[d] = O[d] * old + part.O[row * VRow::WIDTH + d] * now;
+        l = l * old + part.l[row] * now;
+        m = larger;
+    }
+    float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+    long at = (b * c.H + h) * c.n + t;
+    for (int v = 0; v < VRow::VECTORS; ++v)
+        for (int i = 0; i < LANES && VRow::at(v) + i < DV; ++i)
+            c.out[at * DV + VRow::at(v) + i] = from_float<io_t>(O[v * LANES + i] * inverse);
+    c.lse[at] = l == 0.0f ? -INF : (m + __builtin_log2f(l)) * LN2;
+}
+
+}  // namespace
+
+EXPORT long scratch_floats(long rows) { return Partial::floats(rows); }
+
+EXPORT void decode(const Call* call, float scale, float cap) {
+    const Call& c = *call;
+    long items = c.B * c.Hkv * c.splits;
+    if (c.threads == 1) {
+        for (long x = 0; x < items; ++x) run(c, x, scale, cap);
+        for (long x = 0; x < c.B * c.H * c.n; ++x)
+            merge(c, x / c.n / c.H, x / c.n % c.H, x % c.n);
+        return;
+    }
+#pragma omp parallel num_threads((int)c.threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (long x = 0; x < items; ++x) run(c, x, scale, cap);
+#pragma omp for schedule(static)
+        for (long x = 0; x < c.B * c.H * c.n; ++x)
+            merge(c, x / c.n / c.H, x / c.n % c.H, x % c.n);
+    }
+}
