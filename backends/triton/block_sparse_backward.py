@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
+from rewriter.backends.inputs import BlockSparseGrads
 from rewriter.backends.triton.attention_call import Args, AttentionCall, bias_strides
 from rewriter.backends.triton.attention_tiles import common, sizes, tile_of, visited
 from rewriter.backends.triton.emit import emit

@@ -14,13 +14,14 @@ from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.backends.triton.launch import Runner, execute, unavailable
 from rewriter.backends.triton.recurrence_backward import Cotangents, divided, gradients
 from rewriter.backends.triton.recurrence_delta import solve
+from rewriter.backends.triton.recurrence_delta_backward import delta_gradients
 from rewriter.backends.triton.recurrence_forward import (
     Call,
     chunk_states,
     decay_sums,
     read_outputs,
 )
-from rewriter.backends.triton.recurrence_scores import channel_scores
+from rewriter.backends.triton.recurrence_scores import query_scores
 from rewriter.backends.triton.recurrence_step import LONGEST, walk
 from rewriter.backends.triton.targets import DTYPES, Target, target_of
 from rewriter.ir.recurrence import Decay, Recurrence
@@ -39,7 +40,14 @@ def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | Non
         return "the max-stabilised normaliser has no Triton kernel yet"
     if not spec.causal and spec.decay != "none" and spec.normaliser != "none":
         return "a bidirectional decay with a normaliser has no Triton kernel yet"
+    if needs_grad and _unchunked(spec):
+        return "an untied correction, or a delta rule with a bonus, has no Triton backward pass yet"
     return None
+
+
+def _unchunked(spec: Recurrence) -> bool:
+    # A bonus reads v itself, where the chunked delta rule keeps only what is written.
+    return spec.correction == "untied" or (spec.correction == "delta" and spec.bonus)
 
 
 def forward(
@@ -54,14 +62,10 @@ def forward(
     if not spec.causal:
         return _both_ways(spec, x, run, target), _unchanged(spec, x)
     call = Call.of(spec, x, run, target)
-    # A bonus reads v itself, where the chunked delta rule keeps only what is written.
-    unchunked = spec.correction == "untied" or (spec.correction == "delta" and spec.bonus)
-    if unchunked or call.size.length <= LONGEST:
+    if _unchunked(spec) or call.size.length <= LONGEST:
         return walk(call)
     sums = decay_sums(call)
-    scores = None
-    if spec.decay == "channel" and sums is not None:
-        scores = channel_scores(call, call.x.q, sums.reach, sums, call.exclusive)
+    scores = query_scores(call, sums)
     if spec.correction == "delta":
         solved = solve(call, sums)
         out, _ = read_outputs(call, sums, solved.states, solved.fresh, scores)
@@ -151,9 +155,11 @@ def backward(
     if call.ones:
         sums = decay_sums(call)
         states = chunk_states(call, sums)
-        out, weight = read_outputs(call, sums, states)
+        out, weight = read_outputs(call, sums, states, scores=query_scores(call, sums))
         assert weight is not None
         grad, mass = divided(grad_out, out, weight)
+    if spec.correction == "delta":
+        return delta_gradients(call, Cotangents(grad, None, grad_end))
     if spec.causal:
         return gradients(call, Cotangents(grad, mass, grad_end))
     ahead = replace(call, spec=replace(spec, causal=True))

@@ -16,6 +16,8 @@ from rewriter.backends.triton.chunks import block, strides
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch
 from rewriter.backends.triton.recurrence_forward import Call, States, Sums, chunk_states, decay_sums
+from rewriter.backends.triton.recurrence_pairs import pair_gradients, through_scores
+from rewriter.backends.triton.recurrence_scores import query_scores
 from rewriter.backends.triton.targets import CHUNK
 
 
@@ -45,24 +47,38 @@ def gradients(call: Call, given: Cotangents) -> RecurrenceGrads:
     states = chunk_states(call, sums)
     later, grad_start = back_states(call, sums, given)
     parts = queries_and_keys(call, sums, states, later, given)
+    if call.spec.decay == "channel" and sums is not None:
+        parts = inside_chunks(call, sums, given, parts)
     return RecurrenceGrads(
         parts.q,
         parts.k,
-        value_gradients(call, sums, later, given),
+        value_gradients(call, sums, later, given, query_scores(call, sums)),
         None if sums is None else decay_gradient(call, parts.reach, parts.written),
         bonus=parts.bonus,
         start=None if call.x.start is None else grad_start,
     )
 
 
-def back_states(call: Call, sums: Sums | None, given: Cotangents) -> tuple[States, Tensor]:
+@dataclass(frozen=True)
+class Written:
+    """Of a delta rule: W, the gradient of the written values from the outputs of their chunk, and
+    where the whole gradient goes, (B, Hkv, N, Dk | Dv | Dv)."""
+
+    wash: Tensor
+    local: Tensor
+    whole: Tensor
+
+
+def back_states(
+    call: Call, sums: Sums | None, given: Cotangents, written: Written | None = None
+) -> tuple[States, Tensor]:
     """Gradient of the state after every chunk, laid out as `States`, and of the first state."""
     spec, x, size = call.spec, call.x, call.size
     end = None if given.end is None else given.end.float().contiguous()
     module = emit(
         "recurrence_backstates",
         decay=spec.decay,
-        delta=False,
+        delta=written is not None,
         ones=call.ones,
         ended=end is not None,
         packed=call.packed,
@@ -72,8 +88,9 @@ def back_states(call: Call, sums: Sums | None, given: Cotangents) -> tuple[State
     kept = given.out.new_empty((*lanes, spec.key_dim, spec.value_dim))
     norm = call.float32(*lanes, spec.key_dim) if call.ones else None
     start = call.float32(size.rows, size.kv_heads, spec.key_dim, spec.state_width)
-    chosen = call.config("backstates")
-    keys, cols = block(spec.key_dim, chosen.keys), block(spec.value_dim, chosen.values)
+    chosen = call.config("backstates" if written is None else "delta_backstates")
+    keys = block(spec.key_dim, chosen.keys if written is None else 256)
+    cols = block(spec.value_dim, chosen.values)
     call.run(
         Launch(
             module.backstates,
@@ -83,6 +100,7 @@ def back_states(call: Call, sums: Sums | None, given: Cotangents) -> tuple[State
                 "grad": given.out,
                 **({} if given.mass is None else {"grad_mass": given.mass}),
                 **({} if sums is None else {"reach": sums.reach, "written": sums.written}),
+                **({} if written is None else _delta_args(call, written)),
                 **({} if end is None else {"grad_end": end}),
                 "kept": kept,
                 **({} if norm is None else {"kept_norm": norm}),
@@ -108,6 +126,16 @@ def back_states(call: Call, sums: Sums | None, given: Cotangents) -> tuple[State
         )
     )
     return States(kept, norm, start), start
+
+
+def _delta_args(call: Call, written: Written) -> dict[str, Tensor | int]:
+    return {
+        "k": call.x.k,
+        "wash": written.wash,
+        "local": written.local,
+        "grad_fresh": written.whole,
+        **strides("k", call.x.k),
+    }
 
 
 @dataclass(frozen=True)
@@ -198,6 +226,23 @@ def queries_and_keys(
     if reach is not None and written is not None and not channel:
         reach, written = reach.sum(0), written.sum(0)
     return Parts(grad_q, grad_k, reach, written, None if bonus is None else bonus.sum((0, 2)))
+
+
+def inside_chunks(
+    call: Call, sums: Sums, given: Cotangents, parts: Parts, values: Tensor | None = None
+) -> Parts:
+    """Add the pairs within a chunk to what `queries_and_keys` left out."""
+    x = call.x
+    weights = pair_gradients(call, given.out, x.v if values is None else values, given.mass)
+    more = through_scores(call, sums, x.q, sums.reach, weights, call.exclusive)
+    assert parts.reach is not None and parts.written is not None
+    return Parts(
+        parts.q + more.left,
+        parts.k + more.k,
+        parts.reach + more.reach,
+        parts.written + more.written,
+        parts.bonus,
+    )
 
 
 def value_gradients(

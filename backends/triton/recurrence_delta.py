@@ -23,16 +23,19 @@ from rewriter.backends.triton.targets import CHUNK
 class Solved:
     """W (B, Hkv, N, Dk), the written values U - W S (B, Hkv, N, Dv), and the states they give.
 
-    `products` are the decayed K K^T of a decay per channel, (B, Hkv, N, CHUNK).
+    `mixed` is U, `products` are the decayed K K^T of a decay per channel and `inverse` is T, each
+    (B, Hkv, N, CHUNK); T is kept for a backward pass only.
     """
 
     wash: Tensor
+    mixed: Tensor
     fresh: Tensor
     states: States
     products: Tensor | None
+    inverse: Tensor | None
 
 
-def solve(call: Call, sums: Sums | None) -> Solved:
+def solve(call: Call, sums: Sums | None, keep: bool = False) -> Solved:
     """Solve every chunk, then walk the states."""
     spec, x, size = call.spec, call.x, call.size
     assert x.beta is not None
@@ -43,12 +46,14 @@ def solve(call: Call, sums: Sums | None) -> Solved:
         "recurrence_solve",
         decay=spec.decay,
         packed=call.packed,
+        keep=keep,
         precision=call.precision,
         exact=call.exact,
     )
     kv = (size.batch, size.kv_heads, size.length)
     wash = x.k.new_empty((*kv, spec.key_dim))
     mixed = x.v.new_empty((*kv, spec.value_dim))
+    inverse = call.float32(*kv, CHUNK) if keep else None
     chosen = call.config("solve")
     call.run(
         Launch(
@@ -60,6 +65,7 @@ def solve(call: Call, sums: Sums | None) -> Solved:
                 "beta": x.beta,
                 **({} if sums is None else {"written": sums.written}),
                 **({} if products is None else {"products": products}),
+                **({} if inverse is None else {"solved": inverse}),
                 "wash": wash,
                 "mixed": mixed,
                 **size.chunk_args(),
@@ -84,4 +90,4 @@ def solve(call: Call, sums: Sums | None) -> Solved:
     # An exclusive read moves only what rows reach, never what is written.
     plain = replace(call, spec=replace(spec, read="inclusive", bonus=False))
     states = chunk_states(plain, sums, mixed, wash, fresh)
-    return Solved(wash, fresh, states, products)
+    return Solved(wash, mixed, fresh, states, products, inverse)

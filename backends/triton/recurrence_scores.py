@@ -49,3 +49,10 @@ def channel_scores(call: Call, left: Tensor, reach: Tensor, sums: Sums, strict: 
         )
     )
     return out
+
+
+def query_scores(call: Call, sums: Sums | None) -> Tensor | None:
+    """Scores of the queries, or None where they factor."""
+    if call.spec.decay != "channel" or sums is None:
+        return None
+    return channel_scores(call, call.x.q, sums.reach, sums, call.exclusive)

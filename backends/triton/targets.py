@@ -74,18 +74,31 @@ _DEFAULT = Config()
 # (kernel, target or '*', largest head dim it serves), the first that fits is taken.
 _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
     {
-        "states": (("*", 64, Config()), ("*", 256, Config())),
-        "outputs": (("*", 64, Config()), ("*", 256, Config())),
+        "delta_states": (
+            ("*", 64, Config(values=64)),
+            ("*", 128, Config(values=32)),
+            ("*", 256, Config(values=16, stages=1)),
+        ),
+        "solve": (("gfx942", 256, Config()), ("*", 256, Config(warps=8, stages=1))),
+        "queries_and_keys": (
+            ("gfx942", 256, Config()),
+            ("sm_80", 256, Config(keys=32)),
+            ("*", 256, Config(warps=8)),
+        ),
         "attend_queries": (
             ("*", 64, Config(rows=64, keys=64, warps=4)),
             ("gfx942", 128, Config(rows=64, keys=32, warps=4, stages=1)),
             ("*", 128, Config(rows=64, keys=64, warps=8)),
-            ("*", 256, Config(rows=64, keys=32, warps=8, stages=1)),
+            ("gfx942", 256, Config(rows=32, keys=32, warps=4, stages=1)),
+            ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
         ),
         "attend_keys": (
+            ("sm_80", 64, Config(rows=64, keys=32, warps=4)),
             ("*", 64, Config(rows=32, keys=64, warps=4)),
             ("gfx942", 128, Config(rows=32, keys=64, warps=4, stages=1)),
+            ("sm_80", 128, Config(rows=64, keys=64, warps=8)),
             ("*", 128, Config(rows=32, keys=64, warps=8)),
+            ("gfx942", 256, Config(rows=16, keys=32, warps=8, stages=1)),
             ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
         ),
         "attend": (
