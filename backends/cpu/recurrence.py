@@ -13,12 +13,13 @@ from torch import Tensor
 from rewriter.backends.cpu.build import NoKernel, load
 from rewriter.backends.cpu.recurrence_unit import (
     CTYPES,
+    backward_unit,
     chunk_length,
     forward_unit,
     step_unit,
 )
 from rewriter.backends.cpu.target import Target, host_target
-from rewriter.backends.inputs import RecurrenceInputs
+from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.ir.recurrence import Recurrence
 
 FEW = 8  # tokens up to which the step form is the faster one
@@ -39,8 +40,10 @@ def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | Non
         return "its recurrence has no max normaliser"
     if not spec.causal and spec.decay != "none":
         return "its bidirectional recurrence has no decay"
-    if needs_grad:
-        return "its recurrence has no backward pass"
+    if needs_grad and spec.correction == "untied":
+        return "its recurrence has no backward pass for an untied correction"
+    if needs_grad and (spec.read == "exclusive" or not spec.causal):
+        return "its recurrence has a backward pass for causal inclusive reads only"
     problem = _step(spec, dtype, target) if spec.causal else _forward(spec, dtype, target)
     return problem.reason if isinstance(problem, NoKernel) else None
 
@@ -68,6 +71,53 @@ def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     assert not isinstance(kernel, NoKernel)
     kernel(call.buffer_info()[0], _pointer(between))
     return out, end
+
+
+def backward(
+    spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor, grad_end: Tensor | None
+) -> RecurrenceGrads:
+    """Gradients of a causal inclusive call; `grad_end` None is zero. See `inputs`."""
+    given, x = x, _prepared(x)
+    B = x.q.shape[0]
+    rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    threads = torch.get_num_threads()
+    target = host_target()
+    assert isinstance(target, Target)
+    kernel = _backward(spec, x.v.dtype, target)
+    assert not isinstance(kernel, NoKernel)
+    grad = grad_out.to(x.v.dtype)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    end = None if grad_end is None else grad_end.float().contiguous()
+    q, k, v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x.q, x.k, x.v))
+    decay = beta = start = None
+    if x.decay is not None:
+        # A constant per head collects one number per row, which are summed below.
+        shape = (rows, x.k.shape[1], 1) if spec.decay == "head" else x.decay.shape
+        decay = torch.zeros(shape, dtype=torch.float32, device=x.v.device)
+    if x.beta is not None:
+        beta = torch.empty(x.beta.shape, dtype=torch.float32, device=x.v.device)
+    if x.start is not None:
+        start = torch.empty_like(x.start)
+    call = _call(x, grad, None, rows, threads, 1)
+    grads = array("q")
+    for t in (grad, q, k, v, decay, beta):
+        grads.extend(_rows(t))
+    grads.extend((_pointer(end), _pointer(start)))
+    kernel(call.buffer_info()[0], grads.buffer_info()[0])
+    if decay is not None and spec.decay == "head":
+        decay = decay.sum((0, 2))
+
+    def like(t: Tensor | None, source: Tensor | None) -> Tensor | None:
+        return None if t is None or source is None else t.to(source.dtype)
+
+    return RecurrenceGrads(
+        q.to(given.q.dtype),
+        k.to(given.k.dtype),
+        v.to(given.v.dtype),
+        like(decay, given.decay),
+        like(beta, given.beta),
+        start=like(start, given.start),
+    )
 
 
 def _prepared(x: RecurrenceInputs) -> RecurrenceInputs:
@@ -121,7 +171,7 @@ def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
 
 
 def _call(
-    x: RecurrenceInputs, out: Tensor, end: Tensor, rows: int, threads: int, parts: int
+    x: RecurrenceInputs, out: Tensor, end: Tensor | None, rows: int, threads: int, parts: int
 ) -> array[int]:
     """The struct `Call` of recurrence.hpp."""
     B, H, N, _ = x.q.shape
@@ -154,6 +204,11 @@ def _few(kernel: Call | NoKernel, x: RecurrenceInputs, out: Tensor, end: Tensor)
 @lru_cache(maxsize=256)
 def _forward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
     return _bound(load(forward_unit(spec, dtype, target)), "recurrence_forward", 2)
+
+
+@lru_cache(maxsize=256)
+def _backward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
+    return _bound(load(backward_unit(spec, dtype, target)), "recurrence_backward", 2)
 
 
 @lru_cache(maxsize=256)

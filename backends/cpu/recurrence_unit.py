@@ -49,6 +49,15 @@ def _unit(spec: Recurrence, dtype: torch.dtype, target: Target, part: str) -> Un
         ("math", "pack", f"recurrence_{part}"),
         constants,
         {"T": CTYPES[dtype]},
-        "#include <cstdlib>\n#include <type_traits>\n" + header("recurrence"),
+        _shared(part),
     )
     return Unit(f"recurrence_{part}", source, target)
+
+
+def _shared(part: str) -> str:
+    """What comes between the constants and the last header."""
+    text = "#include <cstdlib>\n" + header("recurrence")
+    if part == "step":
+        return text
+    text += header("recurrence_chunk")
+    return text if part == "forward" else text + header("recurrence_pairs")

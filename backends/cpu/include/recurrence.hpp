@@ -82,7 +82,23 @@ template <int D> static ALWAYS_INLINE float dot_part(const float* a, const float
 template <int DP, class F> static ALWAYS_INLINE void panels(F f) {
     int c = 0;
     for (; c + PANEL <= DP; c += PANEL) f(std::integral_constant<int, PANEL_VECTORS>{}, c);
-    for (; c < DP; c += LANES) f(std::integral_constant<int, 1>{}, c);
+    if constexpr (DP % PANEL != 0) f(std::integral_constant<int, 1>{}, c);
+}
+
+// gemm_onto with four tile heights instead of every one, since each costs compile time per product.
+template <int NV, class Start, class Finish>
+static ALWAYS_INLINE void tiles(int M, int K, const float* A, long ars, long acs, const float* B,
+                                long ldb, Start start, Finish finish) {
+    int row = 0;
+    for (; M - row >= ROWS && (ROWS == 8 || M - row != 8); row += ROWS)
+        detail::tile<ROWS, NV>(row, K, A, ars, acs, B, ldb, start, finish);
+    for (; M - row >= 4; row += 4)
+        detail::tile<4, NV>(row, K, A, ars, acs, B, ldb, start, finish);
+    if (M - row >= 2) {
+        detail::tile<2, NV>(row, K, A, ars, acs, B, ldb, start, finish);
+        row += 2;
+    }
+    if (M - row) detail::tile<1, NV>(row, K, A, ars, acs, B, ldb, start, finish);
 }
 
 // C[M x DP] = finish(row, column, A B): the sums stay in registers until then.
@@ -90,8 +106,8 @@ template <int DP, class Finish>
 static ALWAYS_INLINE void product(int M, int K, const float* A, long ars, long acs, const float* B,
                                   long ldb, Finish finish) {
     panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        gemm_tiles<decltype(nv)::value>(
-            M, K, A, ars, acs, B + c, ldb,
+        tiles<decltype(nv)::value>(
+            M, K, A, ars, acs, B + c, ldb, [](int, int) INLINE_LAMBDA { return vf{}; },
             [=](int m, int v, vf sum) INLINE_LAMBDA { finish(m, c + v * LANES, sum); });
     });
 }
@@ -99,7 +115,7 @@ template <int DP, class Start, class Finish>
 static ALWAYS_INLINE void product_onto(int M, int K, const float* A, long ars, long acs,
                                        const float* B, long ldb, Start start, Finish finish) {
     panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        gemm_onto<decltype(nv)::value>(
+        tiles<decltype(nv)::value>(
             M, K, A, ars, acs, B + c, ldb,
             [=](int m, int v) INLINE_LAMBDA { return start(m, c + v * LANES); },
             [=](int m, int v, vf sum) INLINE_LAMBDA { finish(m, c + v * LANES, sum); });
@@ -111,8 +127,9 @@ template <int D, bool strict, class Finish>
 static ALWAYS_INLINE void lower(int n, const float* x, long xs, const float* yt, float* P,
                                 Finish finish) {
     for (int p = 0; p < n; p += PANEL)
-        gemm_tiles<PANEL_VECTORS>(
-            n - p, D, x + p * xs, xs, 1, yt + p, CP, [=](int m, int v, vf sum) INLINE_LAMBDA {
+        tiles<PANEL_VECTORS>(
+            n - p, D, x + p * xs, xs, 1, yt + p, CP, [](int, int) INLINE_LAMBDA { return vf{}; },
+            [=](int m, int v, vf sum) INLINE_LAMBDA {
                 int i = p + m, j = p + v * LANES;
                 vi seen = (iota() + j) < (i + (strict ? 0 : 1));
                 store(P + i * CP + j, (vf)(seen & (vi)finish(i, j, sum)));

@@ -1,0 +1,270 @@
+// Backward pass of causal inclusive reads. A task is one state head of one row: a forward sweep
+// saves the state at every chunk boundary, then the chunks are taken from the last to the first,
+// carrying the gradient of the state. Nothing else is saved; weights are computed again.
+
+struct Grads {
+    Rows<const T> out;  // gradient of the output
+    Rows<T> q, k, v;
+    Rows<float> decay, beta;  // 'head': one number per row and head
+    const float* end;
+    float* start;
+};
+
+constexpr long SAVED = DKP * DVP + DKP;  // floats of a saved state: S, z
+
+// Weights, their gradients and those of one query head.
+static void read_back(Back& b, const Call& a, const Grads& d, long batch, long head, long t, int n,
+                      const float* S0, const float* z0) {
+    Scratch& s = b.f;
+    take_rows<DK, DKP>(n, a.q.at(batch, head, t), a.q.n, s.q);
+    take_rows<DV, DVP>(n, d.out.at(batch, head, t), d.out.n, b.go);
+    if constexpr (DECAY == CHANNEL) {
+        channel_lower<false, false>(n, s.q, s.k, s.channel.a, SCALE, s.P);
+    } else {
+        const float* D = s.scalar.D;
+        lower<DK, false>(n, s.q, DKP, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
+        });
+    }
+    scaled_rows<Side::Read>(s, n, s.q, b.qd);
+    for (int i = 0; i < n * DKP; i += LANES) store(b.qd + i, load(b.qd + i) * SCALE);
+    lower<DV, false>(n, b.go, DVP, b.wt, b.X, [](int, int, vf sum) INLINE_LAMBDA { return sum; });
+    float* seen = b.t;
+    product<DKP>(n, DV, b.go, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+        store(seen + m * DKP + c, sum);
+    });
+    if constexpr (ONES)
+        for (int i = 0; i < n; ++i) {
+            float *x = b.X + i * CP, *T_ = b.t + i * DKP, *go = b.go + i * DVP;
+            const float *p = s.P + i * CP, *q = b.qd + i * DKP;
+            vf sum{}, with{};
+            for (int j = 0; j <= i; j += LANES) {
+                sum += load(p + j);
+                with += load(p + j) * load(x + j);
+            }
+            const float mass = sum_lanes(sum) + dot<DKP>(q, z0);
+            const float read = sum_lanes(with) + dot<DKP>(q, T_);
+            const float inverse = mass <= 0 ? 0.0f : 1.0f / mass;
+            const float dmass = -read * inverse * inverse;
+            for (int j = 0; j <= i; ++j) x[j] = x[j] * inverse + dmass;
+            for (int c = 0; c < DVP; c += LANES) store(go + c, load(go + c) * inverse);
+            for (int c = 0; c < DKP; c += LANES) {
+                store(T_ + c, load(T_ + c) * inverse + dmass * load(z0 + c));
+                store(b.dz + c, load(b.dz + c) + dmass * load(q + c));
+            }
+        }
+    scaled_rows<Side::Read>(s, n, b.t, b.dq);
+    for (int i = 0; i < n * DKP; i += LANES) store(b.dq + i, load(b.dq + i) * SCALE);
+    add_upper<DVP>(n, s.P, b.go, DVP, b.dw, DVP);
+    pair_grads<false>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
+    add_sum_grads(n, s.q, b.dq, 1.0f, b.db);
+    float* dS = b.dS;
+    product_onto<DVP>(
+        DK, n, b.qd, 1, DKP, b.go, DVP,
+        [=](int m, int c) INLINE_LAMBDA { return load(dS + m * DVP + c); },
+        [=](int m, int c, vf sum) INLINE_LAMBDA { store(dS + m * DVP + c, sum); });
+    T* dq = d.q.at(batch, head, t);
+    for (int i = 0; i < n; ++i)
+        for (int c = 0; c < DKP; c += LANES)
+            store_upto(dq + i * d.q.n + c, load(b.dq + i * DKP + c), DK - c);
+}
+
+// The delta rule: from the gradient of the written values to v, beta, and the keys that read.
+static void correct_back(Back& b, int n, const float* beta, float* dbeta, long dbs) {
+    Scratch& s = b.f;
+    solve_upper<DVP>(n, s.M, b.dw);
+    for (int i = 0; i < n; ++i) dbeta[i * dbs] = -dot<DVP>(b.dw + i * DVP, b.miss + i * DVP);
+    lower<DV, true>(n, b.dw, DVP, b.wt, b.X, [=](int i, int, vf sum) INLINE_LAMBDA {
+        return sum * -beta[i];
+    });
+    float* seen = b.t;
+    product<DKP>(n, DV, b.dw, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+        store(seen + m * DKP + c, sum * -beta[m]);
+    });
+    scaled_rows<Side::Upto>(s, n, b.t, b.dkr);
+    pair_grads<true>(s, n, b.X, s.k, s.k, 1.0f, b.dkr, b.dk);
+    scaled_rows<Side::Upto>(s, n, s.k, b.qd);
+    for (int i = 0; i < n; ++i)
+        for (int c = 0; c < DVP; c += LANES)
+            store(b.dw + i * DVP + c, load(b.dw + i * DVP + c) * beta[i]);
+    float* dS = b.dS;
+    product_onto<DVP>(
+        DK, n, b.qd, 1, DKP, b.dw, DVP,
+        [=](int m, int c) INLINE_LAMBDA { return -load(dS + m * DVP + c); },
+        [=](int m, int c, vf sum) INLINE_LAMBDA { store(dS + m * DVP + c, -sum); });
+}
+
+// Written values of the delta rule again (into f.u), and -v + what was read, for beta's gradient.
+static void correct_again(Back& b, int n, const float* beta, const float* S0) {
+    Scratch& s = b.f;
+    scaled_rows<Side::Upto>(s, n, s.k, b.qd);
+    float *u = s.u, *miss = b.miss;
+    const float* v = s.v;
+    product<DVP>(n, DK, b.qd, DKP, 1, S0, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+        vf less = sum - load(v + m * DVP + c);
+        store(miss + m * DVP + c, less);
+        store(u + m * DVP + c, less * -beta[m]);
+    });
+    if constexpr (DECAY == CHANNEL) {
+        channel_lower<true, false>(n, s.k, s.k, s.channel.a, 1.0f, b.KK);
+    } else {
+        const float* D = s.scalar.D;
+        lower<DK, true>(n, s.k, DKP, s.kt, b.KK, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * load(D + i * CP + j) : sum;
+        });
+    }
+    for (int i = 0; i < n; ++i)
+        for (int j = 0; j < CP; j += LANES)
+            store(s.M + i * CP + j, beta[i] * load(b.KK + i * CP + j));
+    solve_lower<DVP>(n, s.M, s.u);
+    add_lower<DVP>(n, b.KK, s.u, DVP, b.miss, DVP);
+}
+
+// What the gradient of the state after the chunk says about its keys, values and decay; then it
+// becomes its part of the gradient of the state before.
+static void end_back(Back& b, int n, const float* w, const float* S1, const float* z1) {
+    Scratch& s = b.f;
+    transpose_in(DK, DV, b.dS, DVP, b.dSt, DKP);
+    float *dk = b.dk, *dw = b.dw, *t = b.t;
+    product<DKP>(n, DV, w, DVP, 1, b.dSt, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+        store(t + m * DKP + c, sum);
+    });
+    if constexpr (ONES)
+        for (int i = 0; i < n; ++i)
+            for (int c = 0; c < DKP; c += LANES)
+                store(t + i * DKP + c, load(t + i * DKP + c) + load(b.dz + c));
+    scaled_rows<Side::After>(s, n, t, dk);
+    scaled_rows<Side::After>(s, n, s.k, b.qd);
+    product<DVP>(n, DK, b.qd, DKP, 1, b.dS, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+        store(dw + m * DVP + c, sum);
+    });
+    if constexpr (DECAY == NONE) return;
+    const float* whole = s.channel.whole(n);
+    float all = 0;
+    for (int e = 0; e < DK; ++e) {
+        float here = dot<DVP>(S1 + e * DVP, b.dS + e * DVP);
+        if (ONES) here += z1[e] * b.dz[e];
+        b.inner[e] = here;
+        all += here;
+        const float left = DECAY == CHANNEL ? whole[e] : s.scalar.whole;
+        for (int c = 0; c < DVP; c += LANES)
+            store(b.dS + e * DVP + c, load(b.dS + e * DVP + c) * left);
+        b.dz[e] *= left;
+    }
+    if (DECAY != CHANNEL) b.inner[0] = all;
+}
+
+// Gradients of the steps from those of their running sums. A step below FLOOR has none.
+static void decay_back(Back& b, int n, const float* g, long gs, float* dg, long dgs) {
+    if constexpr (DECAY == CHANNEL) {
+        for (int c = 0; c < DK; ++c) {
+            double sum = b.inner[c];
+            for (int i = n - 1; i >= 0; --i) {
+                sum += b.db[i * DKP + c];
+                dg[i * dgs + c] = g[i * gs + c] < FLOOR ? 0.0f : (float)sum;
+            }
+        }
+    } else {
+        double sum = b.inner[0];
+        for (int i = n - 1; i >= 0; --i) {
+            sum += b.db[i];
+            const float x = g[i * gs] < FLOOR ? 0.0f : (float)sum;
+            if (DECAY == HEAD)
+                *dg += x;
+            else
+                dg[i * dgs] = x;
+        }
+    }
+}
+
+static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long head, long t, int n,
+                       const float* saved) {
+    Scratch& s = b.f;
+    const long batch = a.batch(row), at = a.first(row) + t, G = a.group();
+    const float *S0 = saved, *z0 = S0 + DKP * DVP, *S1 = saved + SAVED, *z1 = S1 + DKP * DVP;
+    const float* g = DECAY == NONE   ? nullptr
+                     : DECAY == HEAD ? a.decay.p + head
+                                     : a.decay.at(batch, head, at);
+    take_rows<DK, DKP>(n, a.k.at(batch, head, at), a.k.n, s.k);
+    take_rows<DV, DVP>(n, a.v.at(batch, head, at), a.v.n, s.v);
+    if constexpr (DECAY == CHANNEL) s.channel.set(n, g, a.decay.n);
+    if constexpr (SCALARS)
+        if (DECAY != HEAD || s.tabled != n) s.scalar.set(n, g, a.decay.n);
+    s.tabled = n;
+    if constexpr (DECAY != CHANNEL) transpose_in(n, DK, s.k, DKP, s.kt, CP);
+    const float* w = s.v;
+    float beta[CHUNK] = {};
+    if constexpr (CORRECTION == DELTA) {
+        const float* p = a.beta.at(batch, head, at);
+        for (int i = 0; i < n; ++i) beta[i] = p[i * a.beta.n];
+        correct_again(b, n, beta, S0);
+        w = s.u;
+    }
+    transpose_in(n, DV, w, DVP, b.wt, CP);
+    transpose_in(DK, DV, S0, DVP, b.St, DKP);
+    memset(b.db, 0, sizeof b.db);
+    end_back(b, n, w, S1, z1);
+    for (long i = 0; i < G; ++i) read_back(b, a, d, batch, head * G + i, at, n, S0, z0);
+    if constexpr (CORRECTION == DELTA) {
+        correct_back(b, n, beta, d.beta.at(batch, head, at), d.beta.n);
+        add_sum_grads(n, s.k, b.dkr, 1.0f, b.db);
+    }
+    add_sum_grads(n, s.k, b.dk, -1.0f, b.db);
+    if constexpr (DECAY != NONE)
+        decay_back(b, n, g, a.decay.n,
+                   DECAY == HEAD ? d.decay.at(row, head, 0) : d.decay.at(batch, head, at),
+                   d.decay.n);
+    T *dk = d.k.at(batch, head, at), *dv = d.v.at(batch, head, at);
+    for (int i = 0; i < n; ++i) {
+        for (int c = 0; c < DKP; c += LANES) {
+            vf x = load(b.dk + i * DKP + c);
+            if constexpr (CORRECTION == DELTA) x += load(b.dkr + i * DKP + c);
+            store_upto(dk + i * d.k.n + c, x, DK - c);
+        }
+        for (int c = 0; c < DVP; c += LANES)
+            store_upto(dv + i * d.v.n + c, load(b.dw + i * DVP + c), DV - c);
+    }
+}
+
+extern "C" __attribute__((visibility("default"))) void recurrence_backward(const Call* call,
+                                                                           const Grads* grads) {
+    const Call& a = *call;
+    const Grads& d = *grads;
+    const long size = (long)DK * W;
+    parallel<Back>(a, a.rows * a.Hkv, [&](Back& b, long i) {
+        const long row = i / a.Hkv, head = i % a.Hkv, n = a.length(row);
+        const long chunks = (n + CHUNK - 1) / CHUNK;
+        float* saved = (float*)aligned_alloc(64, (chunks + 1) * SAVED * sizeof(float));
+        Scratch& s = b.f;
+        auto save = [&](long c) {
+            memcpy(saved + c * SAVED, s.S, sizeof s.S);
+            memcpy(saved + c * SAVED + DKP * DVP, s.z, sizeof s.z);
+        };
+        fresh(s);
+        memset(b.X, 0, sizeof b.X);
+        memset(b.KK, 0, sizeof b.KK);
+        memset(b.wt, 0, sizeof b.wt);
+        take_state(s, d.end ? d.end + i * size : nullptr);
+        memcpy(b.dS, s.S, sizeof s.S);
+        memcpy(b.dz, s.z, sizeof s.z);
+        take_state(s, a.start ? a.start + i * size : nullptr);
+        save(0);
+        for (long c = 0; c < chunks; ++c) {
+            const long t = c * CHUNK, to = t + CHUNK < n ? t + CHUNK : n;
+            run_tokens<false, true>(s, a, row, head, t, to);
+            save(c + 1);
+        }
+        s.tabled = 0;
+        for (long c = chunks - 1; c >= 0; --c) {
+            const long t = c * CHUNK;
+            chunk_back(b, a, d, row, head, t, (int)(n - t < CHUNK ? n - t : CHUNK),
+                       saved + c * SAVED);
+        }
+        if (d.start) {
+            memcpy(s.S, b.dS, sizeof s.S);
+            memcpy(s.z, b.dz, sizeof s.z);
+            give_state(s, d.start + i * size);
+        }
+        free(saved);
+    });
+}

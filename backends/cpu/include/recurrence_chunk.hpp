@@ -1,0 +1,246 @@
+// One chunk: outputs of the query heads that read a state, and the state after it.
+
+struct Scratch {
+    alignas(64) float S[DKP * DVP], z[DKP];
+    alignas(64) float kt[DKP * CP], P[CHUNK * CP], M[CHUNK * CP];
+    alignas(64) float q[CHUNK * DKP], k[CHUNK * DKP], v[CHUNK * DVP];
+    alignas(64) float u[CHUNK * DVP];   // values that are written, if not v itself
+    alignas(64) float ve[CHUNK * DVP];  // written values, or keys, decayed to the end of the chunk
+    alignas(64) float kd[CHUNK * DKP], o[CHUNK * DVP];
+    ScalarDecay scalar;
+    ChannelDecay channel;
+    int tabled = 0;
+};
+
+struct Chunk {
+    const T *q, *k, *v;
+    T* out;
+    const float *g, *beta, *bonus;
+    int n;
+};
+
+struct Strides {
+    long q, qh, k, v, out, oh, g, beta, group;
+};
+
+// Weights and outputs of one query head; w are the written values.
+static void read_chunk(Scratch& s, const Chunk& c, const Strides& st, long head, View k, View v,
+                       View w) {
+    const int n = c.n;
+    const T* src = c.q + head * st.qh;
+    T* dst = c.out + head * st.oh;
+    const float* P = s.P;
+    if constexpr (DECAY == CHANNEL) {
+        take_rows<DK, DKP>(n, src, st.q, s.q);
+        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, s.k, s.channel.a, SCALE, s.P);
+    }
+    View q = DECAY == CHANNEL ? View{s.q, DKP} : view<DK, DKP>(n, src, st.q, s.q, false);
+    if constexpr (DECAY != CHANNEL && CAUSAL) {
+        const float* D = s.scalar.D;
+        lower<DK, EXCLUSIVE>(n, q.p, q.rs, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
+        });
+    }
+    float near[BONUS ? CHUNK : 1];
+    if constexpr (BONUS)
+        for (int i = 0; i < n; ++i) {
+            float t = 0;
+            for (int d = 0; d < DK; ++d) t += q.p[i * q.rs + d] * c.bonus[d] * k.p[i * k.rs + d];
+            near[i] = t * SCALE;
+        }
+    const float* read = nullptr;
+    const float* qs = q.p;
+    long qrs = q.rs;
+    if constexpr (DECAY == CHANNEL) {
+        const float* f = s.channel.read();
+        for (int i = 0; i < n * DKP; i += LANES) store(s.kd + i, load(s.q + i) * load(f + i));
+        qs = s.kd;
+        qrs = DKP;
+    } else if constexpr (SCALARS) {
+        read = s.scalar.read;
+    }
+    constexpr bool DIRECT = sizeof(T) == 4 && DV == DVP;
+    float* o = DIRECT ? (float*)dst : s.o;
+    const long os = DIRECT ? st.out : DVP;
+    product<DVP>(n, DK, qs, qrs, 1, s.S, DVP, [=](int m, int col, vf sum) INLINE_LAMBDA {
+        store(o + m * os + col, SCALARS ? sum * (SCALE * read[m]) : sum * SCALE);
+    });
+    if constexpr (CAUSAL) add_lower<DVP>(n, P, w.p, w.rs, o, os);
+    if constexpr (BONUS || ONES || !DIRECT)
+        for (int i = 0; i < n; ++i) {
+            float mass = 1.0f;
+            if constexpr (ONES) {
+                mass = SCALE * dot_part<DK>(qs + i * qrs, s.z) * (SCALARS ? read[i] : 1.0f);
+                vf sum{};
+                if constexpr (CAUSAL)
+                    for (int j = 0; j <= i; j += LANES) sum += load(P + i * CP + j);
+                mass += sum_lanes(sum) + (BONUS ? near[i] : 0.0f);
+            }
+            // A mass that is not positive gives 0; a NaN stays.
+            float scale = ONES ? (mass <= 0 ? 0.0f : 1.0f / mass) : 1.0f;
+            for (int col = 0; col < DVP; col += LANES) {
+                vf x = load(o + i * os + col);
+                if constexpr (BONUS) x += near[i] * load_upto(v.p + i * v.rs + col, DV - col);
+                if constexpr (ONES) x = x * scale;
+                if constexpr (DIRECT)
+                    store(o + i * os + col, x);
+                else
+                    store_upto(dst + i * st.out + col, x, DV - col);
+            }
+        }
+}
+
+// Solves for the values that the delta rule writes, into s.u.
+static void correct_chunk(Scratch& s, const Chunk& c, const Strides& st, View k, View v) {
+    const int n = c.n;
+    float beta[CHUNK];
+    for (int i = 0; i < n; ++i) beta[i] = c.beta[i * st.beta];
+    const float* b = beta;
+    const float* ks = k.p;
+    long krs = k.rs;
+    const float* upto = nullptr;
+    if constexpr (DECAY == CHANNEL) {
+        channel_lower<true, false>(n, s.k, s.k, s.channel.a, 1.0f, s.M);
+        for (int i = 0; i < n; ++i)
+            for (int j = 0; j < n; j += LANES) store(s.M + i * CP + j, b[i] * load(s.M + i * CP + j));
+        const float* f = s.channel.upto + DKP;
+        for (int i = 0; i < n * DKP; i += LANES) store(s.kd + i, load(s.k + i) * load(f + i));
+        ks = s.kd;
+        krs = DKP;
+    } else {
+        const float* D = SCALARS ? s.scalar.among() : nullptr;
+        upto = s.scalar.upto;
+        lower<DK, true>(n, k.p, k.rs, s.kt, s.M, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * (load(D + i * CP + j) * b[i]) : sum * b[i];
+        });
+    }
+    float* u = s.u;
+    product<DVP>(n, DK, ks, krs, 1, s.S, DVP, [=](int m, int col, vf sum) INLINE_LAMBDA {
+        vf seen = SCALARS ? sum * upto[m] : sum;
+        store(u + m * DVP + col, b[m] * (load_upto(v.p + m * v.rs + col, DV - col) - seen));
+    });
+    solve_lower<DVP>(n, s.M, s.u);
+}
+
+// The state after the chunk.
+static void write_chunk(Scratch& s, const Chunk& c, View k, View w) {
+    const int n = c.n;
+    float* S = s.S;
+    const float *keys = k.p, *values = w.p, *whole = nullptr;
+    long krs = k.rs, vrs = w.rs;
+    float all = 1.0f;
+    if constexpr (DECAY == CHANNEL) {
+        for (int i = 0; i < n * DKP; i += LANES)
+            store(s.kd + i, load(s.k + i) * load(s.channel.after + i));
+        keys = s.kd;
+        krs = DKP;
+        whole = s.channel.whole(n);
+    } else if constexpr (SCALARS) {
+        for (int j = 0; j < n; ++j)
+            for (int col = 0; col < DVP; col += LANES)
+                store(s.ve + j * DVP + col, s.scalar.after[j] * load(w.p + j * w.rs + col));
+        values = s.ve;
+        vrs = DVP;
+        all = s.scalar.whole;
+    }
+    product_onto<DVP>(
+        DK, n, keys, 1, krs, values, vrs,
+        [=](int m, int col) INLINE_LAMBDA {
+            vf old = load(S + m * DVP + col);
+            return DECAY == CHANNEL ? old * whole[m] : SCALARS ? old * all : old;
+        },
+        [=](int m, int col, vf sum) INLINE_LAMBDA { store(S + m * DVP + col, sum); });
+    if constexpr (ONES)
+        for (int col = 0; col < DK; col += LANES) {
+            vf sum = load(s.z + col);
+            if constexpr (DECAY == CHANNEL) sum = sum * load(whole + col);
+            if constexpr (SCALARS) sum = sum * all;
+            for (int j = 0; j < n; ++j) {
+                vf key = load_upto(keys + j * krs + col, DK - col);
+                sum += SCALARS ? key * s.scalar.after[j] : key;
+            }
+            store(s.z + col, sum);
+        }
+}
+
+template <bool READ, bool WRITE>
+static void run_chunk(Scratch& s, const Chunk& c, const Strides& st) {
+    const int n = c.n;
+    View k{s.k, DKP};
+    if constexpr (DECAY == CHANNEL)
+        take_rows<DK, DKP>(n, c.k, st.k, s.k);
+    else
+        k = view<DK, DKP>(n, c.k, st.k, s.k, false);
+    View v = view<DV, DVP>(n, c.v, st.v, s.v, true), w = v;
+    if constexpr (DECAY == CHANNEL) {
+        s.channel.set(n, c.g, st.g);
+    } else {
+        if constexpr (SCALARS)
+            if (DECAY != HEAD || s.tabled != n) s.scalar.set(n, c.g, st.g);
+        s.tabled = n;
+        if (CAUSAL && (READ || CORRECTION == DELTA)) transpose_in(n, DK, k.p, k.rs, s.kt, CP);
+    }
+    if constexpr (CORRECTION == DELTA) {
+        correct_chunk(s, c, st, k, v);
+        w = {s.u, DVP};
+    }
+    if constexpr (READ)
+        for (long g = 0; g < st.group; ++g) read_chunk(s, c, st, g, k, v, w);
+    if constexpr (WRITE) write_chunk(s, c, k, w);
+}
+
+static void take_state(Scratch& s, const float* p) {
+    memset(s.S, 0, sizeof s.S);
+    memset(s.z, 0, sizeof s.z);
+    if (!p) return;
+    for (int d = 0; d < DK; ++d) {
+        for (int c = 0; c < DVP; c += LANES) store(s.S + d * DVP + c, load_upto(p + d * W + c, DV - c));
+        if constexpr (ONES) s.z[d] = p[d * W + DV];
+    }
+}
+static void give_state(const Scratch& s, float* p) {
+    for (int d = 0; d < DK; ++d) {
+        for (int c = 0; c < DVP; c += LANES) store_upto(p + d * W + c, load(s.S + d * DVP + c), DV - c);
+        if constexpr (ONES) p[d * W + DV] = s.z[d];
+    }
+}
+
+// Tokens [from, to) of a row and state head, in chunks.
+template <bool READ, bool WRITE>
+static void run_tokens(Scratch& s, const Call& a, long row, long head, long from, long to) {
+    const long G = a.group(), b = a.batch(row), at = a.first(row);
+    const Strides st{a.q.n, a.q.h, a.k.n, a.v.n, a.out.n, a.out.h, a.decay.n, a.beta.n, G};
+    for (long t = from; t < to; t += CHUNK) {
+        Chunk c{a.q.at(b, head * G, at + t), a.k.at(b, head, at + t), a.v.at(b, head, at + t),
+                a.out.at(b, head * G, at + t), nullptr, nullptr, nullptr,
+                (int)(to - t < CHUNK ? to - t : CHUNK)};
+        if (DECAY != NONE) c.g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at + t);
+        if (CORRECTION == DELTA) c.beta = a.beta.at(b, head, at + t);
+        if (BONUS) c.bonus = a.bonus + head * DK;
+        run_chunk<READ, WRITE>(s, c, st);
+    }
+}
+
+static void fresh(Scratch& s) {
+    memset(s.kt, 0, sizeof s.kt);
+    memset(s.P, 0, sizeof s.P);
+    memset(s.M, 0, sizeof s.M);
+    s.tabled = 0;
+}
+
+template <class Room, class F> static void parallel(const Call& a, long tasks, F f) {
+    const long threads = a.threads < tasks ? a.threads : tasks;
+    if (threads <= 1) {
+        Room* s = (Room*)aligned_alloc(64, up(sizeof(Room), 64));
+        for (long i = 0; i < tasks; ++i) f(*s, i);
+        free(s);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        Room* s = (Room*)aligned_alloc(64, up(sizeof(Room), 64));
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < tasks; ++i) f(*s, i);
+        free(s);
+    }
+}
