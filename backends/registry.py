@@ -21,6 +21,7 @@ import torch
 
 from rewriter.backends.generated import GeneratedBackend, kernel
 from rewriter.backends.reference.backend import ReferenceBackend
+from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.kernels import KernelSpec
 
 GROUP = "attention_rewriter.backends"
@@ -88,6 +89,9 @@ def resolve(
     name = _name(spec, kind, dtype, needs_grad)
     if any(name == b.name for b in BUILT_IN):
         return Kernel(name, kernel(name, spec))
+    if isinstance(spec, BlockSparse):
+        # Its schedule is made outside of the graph.
+        return Kernel("reference", kernel("reference", spec))
     return choose(Query(spec, kind, dtype, needs_grad), ())
 
 
