@@ -265,3 +265,16 @@ def test_the_reference_backend_serves_it(monkeypatch):
     q, k, v = (normal(1, 2, 30, 8) for _ in range(3))
     assert kernel.backend == "reference"
     assert torch.equal(kernel.run(q, k, v)[0], block_sparse(spec, q, k, v)[0])
+
+
+def test_it_compiles_in_one_graph_for_any_length(monkeypatch):
+    monkeypatch.setenv("ATTENTION_REWRITER_BACKENDS", "reference")
+    spec = BlockSparse(8, 8, 0.3, causal_window(20, 2))
+
+    def run(q, k, v):
+        return resolve(spec, q.device, q.dtype).run(q, k, v)[0]
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
+    for n in (30, 47):
+        q, k, v = (normal(1, 2, n, 8) for _ in range(3))
+        assert torch.equal(compiled(q, k, v), block_sparse(spec, q, k, v)[0])
