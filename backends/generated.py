@@ -16,10 +16,13 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
+from rewriter.backends.inputs import BlockSparseInputs, DecodeInputs, RecurrenceInputs
 from rewriter.backends.ops.attend import decode as decode_op
 from rewriter.backends.ops.block_sparse import block_sparse as block_sparse_op
-from rewriter.backends.ops.choice import Family, raw
+from rewriter.backends.ops.choice import GENERATED, Family, raw
 from rewriter.backends.ops.codec import Spec, encode
+from rewriter.backends.ops.codec import decode as decode_text
+from rewriter.backends.ops.eager import unwatched
 from rewriter.backends.ops.recurrence import recurrence as recurrence_op
 from rewriter.backends.reference.near import Context, context_of, next_state
 from rewriter.backends.reference.sinks import gather_sinks
@@ -40,9 +43,9 @@ def kernel(backend: str, spec: KernelSpec) -> Callable[..., Any]:
     if isinstance(spec, Recurrence):
         return partial(_recurrence, backend, spec, _text(spec), _text(_per_token(spec)))
     if isinstance(spec, BlockSparse):
-        return partial(_block_sparse, backend, _text(spec))
+        return partial(_block_sparse, backend, spec, _text(spec))
     if isinstance(spec, Decode):
-        return partial(_decode, backend, _text(spec))
+        return partial(_decode, backend, spec, _text(spec))
     if isinstance(spec, WindowAttention):
         return partial(_window, backend, spec)
     raise TypeError(f"no generated kernel for {type(spec).__name__}")
@@ -75,8 +78,14 @@ def refusal(backend: str, spec: KernelSpec, dtype: torch.dtype, needs_grad: bool
 def _declines(
     backend: str, family: Family, spec: Spec, dtype: torch.dtype, needs_grad: bool
 ) -> str | None:
-    reason: str | None = raw(backend, family).decline(spec, dtype, needs_grad)  # type: ignore[union-attr]
+    reason: str | None = _raw(backend, family).decline(spec, dtype, needs_grad)
     return reason
+
+
+def _raw(backend: str, family: Family) -> Any:
+    kernels = raw(backend, family)
+    assert kernels is not None, "the reference has no raw kernels"
+    return kernels
 
 
 def _recurrence(
@@ -109,7 +118,7 @@ def _recurrence(
         if spec.decay == "head" and decay is not None:
             # A constant decay that stops at padding is a decay per token.
             decay = decay[None, :, None].expand(k.shape[0], -1, k.shape[2])
-            text = padded
+            text, spec = padded, _per_token(spec)
         if decay is not None:
             decay = decay.masked_fill(pad[..., None] if decay.dim() == 4 else pad, 0)
         if beta is not None:
@@ -119,6 +128,10 @@ def _recurrence(
         if add is not None:
             add = add.masked_fill(pad[..., None], 0)
     start = None if state is None else state["S"]
+    if backend in GENERATED and unwatched(q, k, v, decay, beta, erase, add, bonus, start):
+        x = RecurrenceInputs(q, k, v, decay, beta, erase, add, bonus, cu_seqlens, start)
+        out, end = _raw(backend, "recurrence").forward(spec, x)
+        return out, None if state is None else {"S": end}
     out, end = recurrence_op(
         q, k, v, decay, beta, erase, add, bonus, cu_seqlens, start, text, backend
     )
@@ -131,6 +144,7 @@ def _per_token(spec: Recurrence) -> Recurrence:
 
 def _block_sparse(
     backend: str,
+    spec: BlockSparse,
     text: str,
     q: Tensor,
     k: Tensor,
@@ -147,12 +161,17 @@ def _block_sparse(
     """As the reference's `block_sparse`."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     hooks = (sinks, slopes, bias, temperature)
+    if backend in GENERATED and unwatched(q, k, v, *hooks):
+        x = BlockSparseInputs(q, k, v, *hooks, key_lengths, cu_seqlens, blocks)
+        out, lse = _raw(backend, "block_sparse").forward(spec, x)
+        return out, lse
     out, lse = block_sparse_op(q, k, v, *hooks, key_lengths, cu_seqlens, blocks, text, backend)
     return out, lse
 
 
 def _decode(
     backend: str,
+    spec: Decode,
     text: str,
     q: Tensor,
     k: Tensor,
@@ -164,7 +183,12 @@ def _decode(
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's `decode`."""
-    out, lse = decode_op(q.to(v.dtype), k, v, lengths, pages, index, sinks, text, backend)
+    q = q.to(v.dtype)
+    if backend in GENERATED and unwatched(q, k, v, sinks):
+        x = DecodeInputs(q, k, v, lengths, pages, index, sinks)
+        out, lse = _raw(backend, "decode").forward(spec, x)
+        return out, lse
+    out, lse = decode_op(q, k, v, lengths, pages, index, sinks, text, backend)
     return out, lse
 
 
@@ -205,7 +229,9 @@ def _window(
     text = _window_text(backend, spec, q.shape[-1], v.shape[-1], v.dtype, grad) if whole else None
     if text is None:
         return window_attention(spec, q, k, v, valid=valid, bias=bias, state=state)
-    out, _ = _block_sparse(backend, text, q, k, v)
+    form = decode_text(text)
+    assert isinstance(form, BlockSparse)
+    out, _ = _block_sparse(backend, form, text, q, k, v)
     if state is None:
         return out, None
     context = Context(

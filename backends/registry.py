@@ -26,7 +26,7 @@ from rewriter.ir.kernels import KernelSpec
 
 GROUP = "attention_rewriter.backends"
 VARIABLE = "ATTENTION_REWRITER_BACKENDS"
-BUILT_IN: tuple[GeneratedBackend, ...] = ()
+BUILT_IN = (GeneratedBackend("cpu", "cpu", 10), GeneratedBackend("triton", "cuda", 10))
 Run = Callable[..., Any]
 
 

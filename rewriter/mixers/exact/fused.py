@@ -127,7 +127,7 @@ class Fused(Keep):
         """
         given = [t for i, t in enumerate(terms) if t is not None and self.site.terms[i] != "none"]
         if not given:
-            return None
+            return None if self._masks_alone() else "without its mask tensor nothing is hidden"
         if torch.compiler.is_compiling():
             return "the values of a mask are not known while a graph is made"
         if seen:
@@ -145,6 +145,12 @@ class Fused(Keep):
         if bool((valid == (steps < lengths[:, None])).all()):
             return lengths
         return "the padding is not on the right"
+
+    def _masks_alone(self) -> bool:
+        """Whether the site's predicate holds without a mask tensor, as `keep` runs it then."""
+        causal = self.site.kind == "causal"
+        flag = self.site.causal_flag or (causal and self.site.spelling == "sdpa")
+        return flag or not self.site.mask.without_padding().atoms
 
 
 @lru_cache(maxsize=512)

@@ -1,0 +1,27 @@
+"""Whether a call may skip the operators: plain tensors, nothing that records or transforms.
+
+Dispatching an operator costs more than a decode step, so single steps call the raw kernel when
+nobody watches. This is the only place here that reads torch's private state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """True for plain CPU or GPU tensors outside autograd, tracing, vmap and dispatch modes."""
+    if torch.compiler.is_compiling():
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or (grad and x.requires_grad)):
+            return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,168 @@
+"""fused is keep in another order of sums: equal to rounding, and keep itself where it must be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from mixer_sites import BOTH_WAYS, CAUSAL, bool_mask, float_mask, make_site, qkv
+from torch import Tensor
+from transformers import DynamicCache
+
+from rewriter.ir.mask import Atom, Causal, KeyPadding, Mask, SymmetricWindow, Window
+from rewriter.ir.site import AttentionSite, FillTerm, Scale, Softcap
+from rewriter.mixers.exact import fused as module
+from rewriter.mixers.exact.fused import Fused, FusedOptions
+from rewriter.mixers.exact.keep import Keep, KeepOptions
+
+pytestmark = pytest.mark.usefixtures("generated_kernels")
+
+N = 37
+WINDOWED: tuple[Atom, ...] = (Causal(), Window(9))
+SITES: dict[str, AttentionSite] = {
+    "causal": make_site(heads=(4, 2, 16)),
+    "eager": make_site(heads=(4, 2, 16), spelling="eager"),
+    "window": make_site(Mask((*WINDOWED, KeyPadding())), heads=(4, 2, 16)),
+    "both ways": make_site(BOTH_WAYS, heads=(4, 2, 16)),
+    "local both ways": make_site(Mask((SymmetricWindow(4), KeyPadding())), heads=(4, 2, 16)),
+    "softcap": make_site(
+        heads=(4, 2, 16),
+        spelling="eager",
+        score=(Scale(0.25), Softcap(3.0), FillTerm(0, -math.inf, keep=True)),
+    ),
+}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backends that ran a core."""
+    names: list[str] = []
+    resolve = module.resolve
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        kernel = resolve(*args, **kwargs)
+        names.append(kernel.backend)
+        return kernel
+
+    monkeypatch.setattr(module, "resolve", spy)
+    return names
+
+
+def pair(site: AttentionSite, layer: int | None = None) -> tuple[Fused, Keep]:
+    return Fused(site, FusedOptions(), layer).eval(), Keep(site, KeepOptions(), layer).eval()
+
+
+def mask_for(site: AttentionSite, valid: Tensor, seen: int = 0) -> Tensor:
+    atoms = tuple(a for a in site.mask.atoms if not isinstance(a, KeyPadding))
+    total = valid.shape[1]
+    keys = torch.arange(total)
+    allow = Mask(atoms).dense(torch.arange(seen, total), keys)[None, None]
+    mask = allow & valid[:, None, None, :]
+    return mask if site.spelling == "sdpa" or "Fill" in str(site.score) else float_mask(mask)
+
+
+def every(batch: int = 2, n: int = N) -> Tensor:
+    return torch.ones(batch, n, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("padding", ["no mask", "none", "right", "left"])
+def test_equals_the_original(name: str, padding: str, served: list[str]) -> None:
+    site = SITES[name]
+    fused, keep = pair(site)
+    q, k, v = qkv(site, N)
+    valid = every()
+    if padding == "right":
+        valid[1, 20:] = False
+    if padding == "left":
+        valid[1, :11] = False
+    terms = (None if padding == "no mask" else mask_for(site, valid),)
+    got, expected = fused(q, k, v, terms)[0], keep(q, k, v, terms)[0]
+    rows = valid[:, None, :].expand(2, 4, N)
+    torch.testing.assert_close(got[rows], expected[rows], rtol=1e-5, atol=1e-5)
+    # Left padding has no key lengths, and some spellings hide nothing without their mask tensor.
+    bare = padding == "no mask" and name in ("eager", "softcap", "local both ways")
+    assert served == ([] if padding == "left" or bare else ["cpu"])
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "softcap"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_a_cache(name: str, masked: bool, served: list[str]) -> None:
+    site = SITES[name]
+    fused, keep = pair(site, layer=0)
+    q, k, v = qkv(site, N)
+    caches = DynamicCache(), DynamicCache()
+    at = 0
+    for new in (30, 1, 1, 1, 1, 3):
+        piece = slice(at, at + new)
+        term = mask_for(site, every(n=at + new), at) if masked else None
+        outs = [
+            core(q[:, :, piece], k[:, :, piece], v[:, :, piece], (term,), cache)[0]
+            for core, cache in zip((fused, keep), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+        at += new
+    # A masked token behind a window, masked tokens together and a mask that is missing but needed
+    # leave it to the original.
+    fallback = {
+        ("window", True): 5,
+        ("softcap", True): 1,
+        ("causal", True): 1,
+        ("softcap", False): 6,
+    }
+    assert served == ["cpu"] * (6 - fallback.get((name, masked), 0))
+
+
+def test_gradients_equal(served: list[str]) -> None:
+    site = SITES["causal"]
+    results = []
+    for core in pair(site):
+        tensors = [x.requires_grad_() for x in qkv(site, N)]
+        out = core(*tensors, (None,))[0]
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append(torch.autograd.grad((out * weight).sum(), tensors))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert served == ["cpu"]
+
+
+def test_bfloat16(served: list[str]) -> None:
+    site = SITES["causal"]
+    fused, keep = pair(site)
+    q, k, v = qkv(site, N)
+    got = fused(q.bfloat16(), k.bfloat16(), v.bfloat16(), (None,))[0]
+    torch.testing.assert_close(got.float(), keep(q, k, v, (None,))[0], rtol=2e-2, atol=2e-2)
+    assert served == ["cpu"]
+
+
+def test_what_needs_the_original_gets_it(served: list[str]) -> None:
+    """Custom masks, weights that are asked for, float64, dropout in training: bit for bit."""
+    site = SITES["eager"]
+    fused, keep = pair(site)
+    q, k, v = qkv(site, N)
+    packed = bool_mask(every()) & (torch.arange(N)[:, None] // 12 == torch.arange(N) // 12)
+    assert torch.equal(
+        fused(q, k, v, (float_mask(packed),))[0], keep(q, k, v, (float_mask(packed),))[0]
+    )
+    term = mask_for(site, every())
+    both = [core(q, k, v, (term,), need_weights=True) for core in (fused, keep)]
+    assert torch.equal(both[0][0], both[1][0])
+    assert both[0][1] is not None and both[1][1] is not None
+    assert torch.equal(both[0][1], both[1][1])
+    wide = [core(q.double(), k.double(), v.double(), (None,))[0] for core in (fused, keep)]
+    assert torch.equal(*wide)
+    dropping = make_site(heads=(4, 2, 16), dropout=0.5)
+    core = Fused(dropping, FusedOptions()).train()
+    core(q, k, v, (None,))
+    assert served == []
+
+
+def test_refusals() -> None:
+    opaque = make_site(Mask((), "it was not understood"))
+    assert "opaque" in (Fused.refuse(opaque, FusedOptions()) or "")
+    biased = make_site(CAUSAL, terms=("bias",), spelling="eager")
+    assert biased.has_bias
+    assert "bias" in (Fused.refuse(biased, FusedOptions()) or "")
+    assert Fused.refuse(make_site(), FusedOptions()) is None
