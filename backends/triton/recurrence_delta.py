@@ -8,6 +8,7 @@ Catalogue: linear.md section 2 (DELTA).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 from torch import Tensor
 
@@ -23,37 +24,44 @@ from rewriter.backends.triton.targets import CHUNK
 class Solved:
     """W (B, Hkv, N, Dk), the written values U - W S (B, Hkv, N, Dv), and the states they give.
 
-    `mixed` is U, `products` are the decayed K K^T of a decay per channel and `inverse` is T, each
-    (B, Hkv, N, CHUNK); T is kept for a backward pass only.
+    `mixed` is U, `products` are the strictly lower decayed K K^T and `inverse` is T, each
+    (B, Hkv, N, CHUNK) float32.
     """
 
     wash: Tensor
     mixed: Tensor
     fresh: Tensor
     states: States
-    products: Tensor | None
-    inverse: Tensor | None
+    products: Tensor
+    inverse: Tensor
 
 
-def solve(call: Call, sums: Sums | None, keep: bool = False) -> Solved:
+def solve(call: Call, sums: Sums | None) -> Solved:
     """Solve every chunk, then walk the states."""
     spec, x, size = call.spec, call.x, call.size
     assert x.beta is not None
-    products = None
-    if spec.decay == "channel" and sums is not None:
-        products = channel_scores(call, x.k, sums.written, sums, strict=True)
     module = emit(
         "recurrence_solve",
         decay=spec.decay,
         packed=call.packed,
-        keep=keep,
         precision=call.precision,
-        exact=call.exact,
     )
     kv = (size.batch, size.kv_heads, size.length)
     wash = x.k.new_empty((*kv, spec.key_dim))
     mixed = x.v.new_empty((*kv, spec.value_dim))
-    inverse = call.float32(*kv, CHUNK) if keep else None
+    inverse = call.float32(*kv, CHUNK)
+    table = {**size.chunk_args(), "heads": size.kv_heads, "length": size.length}
+    strengths = strides("beta", x.beta)
+    products = _products(call, sums, module)
+    call.run(
+        Launch(
+            module.invert,
+            (size.slots, size.batch * size.kv_heads),
+            {"beta": x.beta, "products": products, "inverse": inverse, **table, **strengths},
+            {"C": CHUNK},
+            warps=1,
+        )
+    )
     chosen = call.config("solve")
     call.run(
         Launch(
@@ -63,17 +71,14 @@ def solve(call: Call, sums: Sums | None, keep: bool = False) -> Solved:
                 "k": x.k,
                 "v": x.v,
                 "beta": x.beta,
+                "inverse": inverse,
                 **({} if sums is None else {"written": sums.written}),
-                **({} if products is None else {"products": products}),
-                **({} if inverse is None else {"solved": inverse}),
                 "wash": wash,
                 "mixed": mixed,
-                **size.chunk_args(),
+                **table,
+                **strengths,
                 **strides("k", x.k),
                 **strides("v", x.v),
-                **strides("beta", x.beta),
-                "heads": size.kv_heads,
-                "length": size.length,
             },
             {
                 "DK": spec.key_dim,
@@ -91,3 +96,30 @@ def solve(call: Call, sums: Sums | None, keep: bool = False) -> Solved:
     plain = replace(call, spec=replace(spec, read="inclusive", bonus=False))
     states = chunk_states(plain, sums, mixed, wash, fresh)
     return Solved(wash, mixed, fresh, states, products, inverse)
+
+
+def _products(call: Call, sums: Sums | None, module: ModuleType) -> Tensor:
+    spec, x, size = call.spec, call.x, call.size
+    if spec.decay == "channel" and sums is not None:
+        return channel_scores(call, x.k, sums.written, sums, strict=True)
+    out = call.float32(size.batch, size.kv_heads, size.length, CHUNK)
+    chosen = call.config("gram")
+    call.run(
+        Launch(
+            module.gram,
+            (size.slots, size.batch * size.kv_heads),
+            {
+                "k": x.k,
+                **({} if sums is None else {"written": sums.written}),
+                "products": out,
+                **size.chunk_args(),
+                **strides("k", x.k),
+                "heads": size.kv_heads,
+                "length": size.length,
+            },
+            {"DK": spec.key_dim, "C": CHUNK, "BK": block(spec.key_dim, chosen.keys)},
+            chosen.warps,
+            chosen.stages,
+        )
+    )
+    return out

@@ -34,7 +34,7 @@ from rewriter.backends.triton.targets import CHUNK
 def delta_gradients(call: Call, given: Cotangents) -> RecurrenceGrads:
     """Gradients of the inputs of a delta rule without a bonus."""
     sums = decay_sums(call)
-    solved = solve(call, sums, keep=True)
+    solved = solve(call, sums)
     local = value_gradients(call, sums, None, given, query_scores(call, sums))
     whole = local.new_empty(local.shape)
     later, grad_start = back_states(call, sums, given, Written(solved.wash, local, whole))
@@ -70,7 +70,7 @@ class _Back:
 
 def _unsolve(call: Call, sums: Sums | None, solved: Solved, grad_fresh: Tensor) -> _Back:
     spec, x, size = call.spec, call.x, call.size
-    assert x.beta is not None and solved.inverse is not None
+    assert x.beta is not None
     module = emit(
         "recurrence_solve_backward",
         decay=spec.decay,
@@ -83,13 +83,14 @@ def _unsolve(call: Call, sums: Sums | None, solved: Solved, grad_fresh: Tensor) 
         x.v.new_empty((*kv, spec.value_dim)),
         call.float32(*kv),
         None if sums is None else call.float32(*sums.written.shape),
-        None if solved.products is None else call.float32(*kv, CHUNK),
+        call.float32(*kv, CHUNK) if spec.decay == "channel" else None,
     )
     args: dict[str, Tensor] = {
         "k": x.k,
         "v": x.v,
         "beta": x.beta,
         "inverse": solved.inverse,
+        "products": solved.products,
         "wash": solved.wash,
         "mixed": solved.mixed,
         "grad_fresh": grad_fresh,
@@ -100,8 +101,8 @@ def _unsolve(call: Call, sums: Sums | None, solved: Solved, grad_fresh: Tensor) 
     }
     if sums is not None and out.written is not None:
         args.update(written=sums.written, grad_written=out.written)
-    if solved.products is not None and out.products is not None:
-        args.update(products=solved.products, grad_products=out.products)
+    if out.products is not None:
+        args["grad_products"] = out.products
     chosen = call.config("unsolve")
     call.run(
         Launch(

@@ -57,12 +57,6 @@ class Call:
     def precision(self) -> str:
         return "ieee"
 
-    @property
-    def exact(self) -> str:
-        """Precision of float32 products that a triangular inverse needs."""
-        float32 = self.x.v.dtype == torch.float32
-        return "ieee" if float32 or self.target.backend == "hip" else "tf32x3"
-
     def config(self, kernel: str, dim: int | None = None) -> Config:
         largest = max(self.spec.key_dim, self.spec.value_dim)
         return config(kernel, self.target, dim or largest, self.x.v.dtype == torch.float32)

@@ -79,7 +79,6 @@ _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
             ("*", 128, Config(values=32)),
             ("*", 256, Config(values=16, stages=1)),
         ),
-        "solve": (("gfx942", 256, Config()), ("*", 256, Config(warps=8, stages=1))),
         "queries_and_keys": (
             ("gfx942", 256, Config()),
             ("sm_80", 256, Config(keys=32)),
