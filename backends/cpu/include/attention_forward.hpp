@@ -44,10 +44,11 @@ template <bool MASKED>
 static inline void scores(const Call& c, const Task& t, int p, int j0, Part part, float cap,
                           const ready_t* k, State& x, vf* top) {
     using q_t = const std::conditional_t<PAIRS, pair, float>;
-    UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) top[v] = splat(-INF);
+    vf best[PANEL_VECTORS];  // local, so that it stays in registers
+    UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) best[v] = splat(-INF);
     auto settle = [&](int r, int v, vf s) INLINE_LAMBDA {
         if constexpr (MASKED) s = select(x.mask.at[part.first + r][v], s, splat(-INF));
-        if constexpr (!SIGMOID) top[v] = vmax(s, top[v]);  // in this order a NaN is dropped
+        if constexpr (!SIGMOID) best[v] = vmax(s, best[v]);  // in this order a NaN is dropped
         store(x.S[r] + v * LANES, s);
     };
     gemm_tiles<PANEL_VECTORS>(part.rows, (int)K_ROW, k, K_ROW, 1L, (q_t*)x.Q[p], (long)PANEL,
@@ -64,6 +65,7 @@ static inline void scores(const Call& c, const Task& t, int p, int j0, Part part
             UNROLL for (int v = 0; v < PANEL_VECTORS; ++v)
                 settle(r, v, load(x.S[r] + v * LANES));
     }
+    UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) top[v] = best[v];
 }
 
 // Scores to weights, in place (or to pairs). The factor by which what is there already shrinks.

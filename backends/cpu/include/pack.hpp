@@ -91,6 +91,11 @@ static inline void copy_rows(long n, int d, const TS* src, long rs, TD* dst, lon
 }
 
 static ALWAYS_INLINE vi make_pairs(vf even, vf odd) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    const vi order = iota() | ((iota() + 16) << 16);  // halves 0, 16, 1, 17 ...
+    return (vi)_mm512_permutexvar_epi16(
+        (__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#endif
     return round_to_bf16(even) | (round_to_bf16(odd) << 16);
 }
 
