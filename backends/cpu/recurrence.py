@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.cpu.build import NoKernel, load
+from rewriter.backends.cpu.recurrence_step import stepper
 from rewriter.backends.cpu.recurrence_unit import (
     CTYPES,
     backward_unit,
     chunk_length,
     forward_unit,
-    step_unit,
 )
 from rewriter.backends.cpu.target import Target, host_target
 from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
+from rewriter.backends.reference.recurrence.kernel import recurrence as reference
 from rewriter.ir.recurrence import Recurrence
 
 FEW = 8  # tokens up to which the step form is the faster one
-PARALLEL_STEP = 1 << 18  # state elements from which a step is worth waking threads
 Call = Callable[..., None]
 
 
@@ -42,14 +42,21 @@ def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | Non
         return "its bidirectional recurrence has no decay"
     if needs_grad and spec.correction == "untied":
         return "its recurrence has no backward pass for an untied correction"
-    if needs_grad and (spec.read == "exclusive" or not spec.causal):
-        return "its recurrence has a backward pass for causal inclusive reads only"
-    problem = _step(spec, dtype, target) if spec.causal else _forward(spec, dtype, target)
+    if needs_grad and spec.read == "exclusive":
+        return "its recurrence has a backward pass for inclusive reads only"
+    problem = stepper(spec, dtype) if spec.causal else _forward(spec, dtype, target)
     return problem.reason if isinstance(problem, NoKernel) else None
 
 
 def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, N, Dv) in the dtype of v and the end state, float32; see `inputs`."""
+    if spec.causal and (x.q.shape[2] <= FEW or spec.correction == "untied"):
+        step = stepper(spec, x.v.dtype)
+        assert not isinstance(step, NoKernel)
+        if not _ready(x):
+            x = _prepared(x)
+        tensors = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus)
+        return step(*tensors, x.start, x.cu_seqlens)
     x = _prepared(x)
     B, H, N, _ = x.q.shape
     Hkv = x.k.shape[1]
@@ -58,9 +65,6 @@ def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     end = x.v.new_empty(rows, Hkv, spec.key_dim, spec.state_width, dtype=torch.float32)
     target = host_target()
     assert isinstance(target, Target)
-    if spec.causal and (N <= FEW or spec.correction == "untied"):
-        _few(_step(spec, x.v.dtype, target), x, out, end)
-        return out, end
     threads = torch.get_num_threads()
     parts = _parts(spec, rows * Hkv, N, threads)
     between = None
@@ -76,7 +80,9 @@ def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
 def backward(
     spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor, grad_end: Tensor | None
 ) -> RecurrenceGrads:
-    """Gradients of a causal inclusive call; `grad_end` None is zero. See `inputs`."""
+    """Gradients of a call; `grad_end` None is zero. See `inputs`."""
+    if not spec.causal:
+        return _global_backward(spec, x, grad_out)
     given, x = x, _prepared(x)
     B = x.q.shape[0]
     rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
@@ -117,6 +123,31 @@ def backward(
         like(decay, given.decay),
         like(beta, given.beta),
         start=like(start, given.start),
+    )
+
+
+def _global_backward(spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor) -> RecurrenceGrads:
+    """A few large products, which the reference states as well as a kernel would."""
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
+        out, _ = reference(spec, q, k, v, cu_seqlens=x.cu_seqlens)
+        grads = torch.autograd.grad(out, (q, k, v), grad_out)
+    start = None if x.start is None else torch.zeros_like(x.start)
+    return RecurrenceGrads(*grads, start=start)
+
+
+def _ready(x: RecurrenceInputs) -> bool:
+    """Whether every dtype is the kernel's."""
+    kind, single = x.v.dtype, torch.float32
+    return (
+        x.q.dtype == kind
+        and x.k.dtype == kind
+        and (x.start is None or x.start.dtype == single)
+        and (x.decay is None or x.decay.dtype == single)
+        and (x.beta is None or x.beta.dtype == single)
+        and x.erase is None
+        and x.bonus is None
+        and x.cu_seqlens is None
     )
 
 
@@ -183,24 +214,6 @@ def _call(
     return call
 
 
-def _few(kernel: Call | NoKernel, x: RecurrenceInputs, out: Tensor, end: Tensor) -> None:
-    assert not isinstance(kernel, NoKernel)
-    threads = torch.get_num_threads() if end.numel() >= PARALLEL_STEP else 1
-    given = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus, x.start)
-    flat = [None if t is None else t.contiguous() for t in given]
-    kernel(
-        *[0 if t is None else t.data_ptr() for t in flat],
-        end.data_ptr(),
-        out.data_ptr(),
-        x.q.shape[1],
-        x.k.shape[1],
-        x.q.shape[2],
-        end.shape[0],
-        _pointer(x.cu_seqlens),
-        threads,
-    )
-
-
 @lru_cache(maxsize=256)
 def _forward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
     return _bound(load(forward_unit(spec, dtype, target)), "recurrence_forward", 2)
@@ -209,11 +222,6 @@ def _forward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoK
 @lru_cache(maxsize=256)
 def _backward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
     return _bound(load(backward_unit(spec, dtype, target)), "recurrence_backward", 2)
-
-
-@lru_cache(maxsize=256)
-def _step(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
-    return _bound(load(step_unit(spec, dtype, target)), "recurrence_step", 17)
 
 
 def _bound(library: ctypes.CDLL | NoKernel, name: str, pointers: int) -> Call | NoKernel:

@@ -98,7 +98,8 @@ struct Few {
     const float *decay, *beta, *erase, *add, *bonus, *start;
     float* end;
     T* out;
-    long H, Hkv, N;
+    const int32_t* cu;  // starts of packed sequences, or null
+    long H, Hkv, N, rows, threads;
 };
 
 // Tokens [from, to) of batch b and state head h; `old` is null for a zero state.
@@ -137,25 +138,21 @@ static void steps(const Few& x, long b, long h, long from, long to, const float*
     }
 }
 
-// cu: starts of packed sequences, or null; rows: batch rows or sequences.
-extern "C" __attribute__((visibility("default"))) void recurrence_step(
-    const T* q, const T* k, const T* v, const float* decay, const float* beta, const float* erase,
-    const float* add, const float* bonus, const float* start, float* end, T* out, long H, long Hkv,
-    long N, long rows, const int32_t* cu, long threads) {
-    const Few x{q, k, v, decay, beta, erase, add, bonus, start, end, out, H, Hkv, N};
+extern "C" __attribute__((visibility("default"))) void recurrence_step(const Few* few) {
+    const Few& x = *few;
     const long size = (long)DK * W;
     auto one = [&](long i) {
-        const long row = i / Hkv;
-        const float* old = start ? start + i * size : nullptr;
-        float* S = end + i * size;
-        const long from = cu ? cu[row] : 0, to = cu ? cu[row + 1] : N;
-        if (from == to && old) memcpy(S, old, sizeof(float) * size);
-        else steps(x, cu ? 0 : row, i % Hkv, from, to, old, S);
+        const long row = i / x.Hkv, from = x.cu ? x.cu[row] : 0, to = x.cu ? x.cu[row + 1] : x.N;
+        const float* old = x.start ? x.start + i * size : nullptr;
+        if (from == to && old)
+            memcpy(x.end + i * size, old, sizeof(float) * size);
+        else
+            steps(x, x.cu ? 0 : row, i % x.Hkv, from, to, old, x.end + i * size);
     };
-    if (threads <= 1) {
-        for (long i = 0; i < rows * Hkv; ++i) one(i);
+    if (x.threads <= 1) {
+        for (long i = 0; i < x.rows * x.Hkv; ++i) one(i);
         return;
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long i = 0; i < rows * Hkv; ++i) one(i);
+#pragma omp parallel for num_threads(x.threads) schedule(dynamic)
+    for (long i = 0; i < x.rows * x.Hkv; ++i) one(i);
 }
