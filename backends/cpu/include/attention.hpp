@@ -17,7 +17,6 @@ extern "C" int omp_get_num_threads();
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 constexpr float INF = __builtin_inff();
-constexpr float UNIT = SIGMOID ? 1.0f : LOG2E;  // scores are kept in powers of two for softmax
 constexpr int PANELS = QROWS / PANEL;
 constexpr bool HOOKED = HAS_SOFTCAP || HAS_SLOPES || HAS_BIAS;
 
@@ -42,6 +41,12 @@ struct Call {
     long schedule_heads, schedule_rows, block_q, block_k, offset;
     long threads;
 };
+
+// Exponents are taken as exp(s - m) = 2^(s log2(e) - base), one multiply-add, base = m log2(e)
+// rounded once: so differences of large scores stay exact.
+static ALWAYS_INLINE vf base_of(vf m) { return select(m == -INF, vf{}, m * LOG2E); }
+// By how much (in powers of two) the rounded base is below the true one.
+static ALWAYS_INLINE vf rest_of(vf m) { return m * LOG2E - base_of(m); }
 
 // One task: up to QROWS query rows of a head.
 struct Task {
@@ -212,7 +217,7 @@ static inline void make_ready(const Call& c, const io_t* src, long sb, long sh, 
 // The factor of the dot products of each row of a panel.
 static inline void row_factors(const Call& c, const Task& t, int panel, float scale, float cap,
                                vf* factor) {
-    float f = HAS_SOFTCAP ? scale / cap : scale * UNIT;
+    float f = HAS_SOFTCAP ? scale / cap : scale;
     alignas(64) float each[PANEL];
     for (int r = 0; r < PANEL; ++r) {
         long row = t.row + panel * PANEL + r;
@@ -234,20 +239,20 @@ static inline void adjust(const Call& c, const Task& t, int panel, int j0, int r
         transpose_in(n, rows, c.bias + t.b * c.bias_b + t.h * c.bias_h + (t.row + r0) * c.bias_m + j0,
                      c.bias_m, bias[0], (long)PANEL);
     }
-    float slope = HAS_SLOPES ? c.slopes[t.h] * UNIT : 0.0f;
+    float slope = HAS_SLOPES ? c.slopes[t.h] : 0.0f;
     for (int j = 0; j < rows; ++j)
         UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
             vf s = load(S[j] + v * LANES);
             if constexpr (HAS_SOFTCAP) {
                 vf y = tanh_(s);
                 if constexpr (GRAD) store(slope_of_cap[j] + v * LANES, 1.0f - y * y);
-                s = y * (cap * UNIT);
+                s = y * cap;
             }
             if constexpr (HAS_SLOPES) {
                 vi i = splat((int32_t)(t.row + panel * PANEL + v * LANES + c.offset)) + iota();
                 s -= __builtin_convertvector(i - (j0 + j), vf) * slope;
             }
-            if constexpr (HAS_BIAS) s += load(bias[j] + v * LANES) * UNIT;
+            if constexpr (HAS_BIAS) s += load(bias[j] + v * LANES);
             store(S[j] + v * LANES, s);
         }
 }

@@ -57,7 +57,7 @@ static inline void load_rows(const Call& c, const Grads& g, const Task& t, float
         x.scale[r] = f;
         // A row that sees nothing has lse = -inf: with +inf its weights are 0.
         float l = inside && !SIGMOID ? c.lse[first + r] : INF;
-        lse[r] = l == -INF ? INF : l * UNIT;
+        lse[r] = l == -INF ? INF : l * LOG2E;
         float sum = 0.0f;
         for (int d = 0; inside && d < DV; ++d) sum += x.g_rows[r][d] * to_float(out[r * DV + d]);
         delta[r] = sum;
@@ -145,7 +145,7 @@ static inline void panel(const Call& c, const Grads& g, const Task& t, int p, in
             if constexpr (SIGMOID)
                 w = sigmoid_(s);
             else
-                w = exp2_neg(vmin(vf{}, s - x.lse[p][v]));  // in this order a NaN stays
+                w = exp2_neg(vmin(vf{}, s * LOG2E - x.lse[p][v]));  // in this order a NaN stays
             if (part.masked) w = select(x.mask.at[part.first + r][v], w, vf{});
             store(P + r * QROWS + v * LANES, w);
         }

@@ -33,8 +33,8 @@ static inline void load_queries(const Call& c, const Task& t, float scale, float
                     store(x.Q[p][d] + v * LANES, load(x.Q[p][d] + v * LANES) * x.factor[p][v]);
         }
         UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
-            x.m[p][v] = splat(HAS_SINKS ? c.sinks[t.h] * UNIT : -INF);
-            x.l[p][v] = splat(HAS_SINKS ? 1.0f : 0.0f);
+            x.m[p][v] = splat(HAS_SINKS ? c.sinks[t.h] : -INF);
+            x.l[p][v] = HAS_SINKS ? exp2_neg(rest_of(x.m[p][v])) : vf{};
         }
     }
 }
@@ -75,8 +75,8 @@ static inline void weigh(int p, int rows, const vf* top, State& x, vf* shrink) {
         shrink[v] = splat(1.0f);
         if constexpr (!SIGMOID) {
             vf m = vmax(x.m[p][v], top[v]);
-            base[v] = select(m == -INF, vf{}, m);
-            shrink[v] = exp2_neg(x.m[p][v] - base[v]);
+            base[v] = base_of(m);
+            shrink[v] = exp2_neg(select(x.m[p][v] == -INF, x.m[p][v], base_of(x.m[p][v]) - base[v]));
             x.m[p][v] = m;
             sum[v] = x.l[p][v] * shrink[v];
         }
@@ -84,7 +84,7 @@ static inline void weigh(int p, int rows, const vf* top, State& x, vf* shrink) {
     auto weight = [&](int r, int v) INLINE_LAMBDA {
         vf s = load(x.S[r] + v * LANES);
         if constexpr (SIGMOID) return sigmoid_(s);
-        return exp2_neg(s - base[v]);
+        return exp2_neg(s * LOG2E - base[v]);
     };
     int r = 0;
     for (; r + 1 < rows; r += 2)
@@ -163,7 +163,7 @@ static inline void write_out(const Call& c, const Task& t, State& x) {
             vf inverse = SIGMOID ? splat(1.0f) : select(l == 0.0f, vf{}, 1.0f / l);
             for (int d = 0; d < DV; ++d)
                 store(x.O[p][d] + v * LANES, load(x.O[p][d] + v * LANES) * inverse);
-            vf sum = select(l == 0.0f, splat(-INF), (m + log2_(l)) * LN2);
+            vf sum = select(l == 0.0f, splat(-INF), m + (log2_(l) - rest_of(m)) * LN2);
             sum = select(l == l, sum, l);
             store(lse + v * LANES, SIGMOID ? vf{} : sum);
         }

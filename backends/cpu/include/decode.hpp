@@ -107,6 +107,12 @@ static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK 
     }
 }
 
+// exp(s - m) is taken as 2^(s log2(e) - base), one multiply-add, base rounded once.
+static ALWAYS_INLINE float base_of(float m) { return m == -INF ? 0.0f : m * LOG2E; }
+static ALWAYS_INLINE float shrinkage(float m, float base) {
+    return exp2_neg(splat(m == -INF ? m : base_of(m) - base))[0];
+}
+
 // Scores of a row to weights; what is there already shrinks by the result.
 static ALWAYS_INLINE float weigh(float* S, int n, float cap, float& m, float& l) {
     for (int j = n; j < (n + LANES - 1) / LANES * LANES; ++j) S[j] = -INF;
@@ -114,21 +120,21 @@ static ALWAYS_INLINE float weigh(float* S, int n, float cap, float& m, float& l)
     for (int j = 0; j < n; j += LANES) {
         vf s = load(S + j);
         if constexpr (HAS_SOFTCAP) {
-            s = select(s == -INF, s, tanh_(s) * (cap * LOG2E));
+            s = select(s == -INF, s, tanh_(s) * cap);
             store(S + j, s);
         }
         top = vmax(s, top);
     }
     float larger = max_lanes(top);
     larger = larger > m ? larger : m;
-    float base = larger == -INF ? 0.0f : larger;
+    float base = base_of(larger);
     vf sum{};
     for (int j = 0; j < n; j += LANES) {
-        vf w = exp2_neg(load(S + j) - base);
+        vf w = exp2_neg(load(S + j) * LOG2E - base);
         sum += w;
         store(S + j, w);
     }
-    float shrink = exp2_neg(splat(m - base))[0];
+    float shrink = shrinkage(m, base);
     m = larger;
     l = l * shrink + sum_lanes(sum);
     return shrink;
@@ -225,7 +231,7 @@ static void run(const Call& c, long item, float scale, float cap) {
     long split = item % c.splits, kv = item / c.splits % c.Hkv, b = item / c.splits / c.Hkv;
     long group = c.H / c.Hkv, rows = group * c.n;
     Partial part(c, item, rows);
-    float factor = HAS_SOFTCAP ? scale / cap : scale * LOG2E;
+    float factor = HAS_SOFTCAP ? scale / cap : scale;
     memset(part.q, 0, sizeof(float) * rows * (KRow::WIDTH + VRow::WIDTH));
     for (long r = 0; r < rows; ++r) {
         const io_t* q = c.q + b * c.q_b + (kv * group + r / c.n) * c.q_h + r % c.n * c.q_n;
@@ -275,14 +281,13 @@ static void run(const Call& c, long item, float scale, float cap) {
 // The row of a head from its parts.
 static void merge(const Call& c, long b, long h, long t) {
     long group = c.H / c.Hkv, rows = group * c.n, kv = h / group, row = h % group * c.n + t;
-    float m = HAS_SINKS ? c.sinks[h] * LOG2E : -INF;
-    float l = HAS_SINKS ? 1.0f : 0.0f;
+    float m = HAS_SINKS ? c.sinks[h] : -INF;
+    float l = HAS_SINKS ? exp2_neg(splat(m * LOG2E) - base_of(m))[0] : 0.0f;
     alignas(64) float O[VRow::WIDTH] = {};
     for (long s = 0; s < c.splits; ++s) {
         Partial part(c, (b * c.Hkv + kv) * c.splits + s, rows);
         float mine = part.m[row], larger = mine > m ? mine : m;
-        float base = larger == -INF ? 0.0f : larger;
-        float old = exp2_neg(splat(m - base))[0], now = exp2_neg(splat(mine - base))[0];
+        float base = base_of(larger), old = shrinkage(m, base), now = shrinkage(mine, base);
         for (int d = 0; d < VRow::WIDTH; ++d)
             O[d] = O[d] * old + part.O[row * VRow::WIDTH + d] * now;
         l = l * old + part.l[row] * now;
@@ -293,7 +298,7 @@ static void merge(const Call& c, long b, long h, long t) {
     for (int v = 0; v < VRow::VECTORS; ++v)
         for (int i = 0; i < LANES && VRow::at(v) + i < DV; ++i)
             c.out[at * DV + VRow::at(v) + i] = from_float<io_t>(O[v * LANES + i] * inverse);
-    c.lse[at] = l == 0.0f ? -INF : (m + __builtin_log2f(l)) * LN2;
+    c.lse[at] = l == 0.0f ? -INF : m + (__builtin_log2f(l) - (m * LOG2E - base_of(m))) * LN2;
 }
 
 }  // namespace
