@@ -18,8 +18,10 @@
 #pragma once
 #include "vec.hpp"
 
-#if LANES == 16
+#if LANES == 16 && defined(__AVX512F__)
 constexpr int ROWS = 8;
+#elif LANES == 16
+constexpr int ROWS = 3;  // emulated, in tests
 #else
 constexpr int ROWS = 6;
 #endif
