@@ -1,4 +1,7 @@
-"""Raw `Recurrence` kernels in generated C++: chunks for sequences, single steps for few tokens."""
+"""Raw `Recurrence` kernels in generated C++: chunks for sequences, single steps for few tokens.
+
+No correction with untied vectors has a chunked form here; its tokens run one by one.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rewriter.backends.cpu.build import NoKernel, load
-from rewriter.backends.cpu.recurrence_step import stepper
+from rewriter.backends.cpu.build import NoKernel, Unit, load
+from rewriter.backends.cpu.recurrence_both import backward_both, forward_both, scans
+from rewriter.backends.cpu.recurrence_call import call_of, pointer, prepared, ready, rows_of
+from rewriter.backends.cpu.recurrence_step import Step, stepper
 from rewriter.backends.cpu.recurrence_unit import (
     CTYPES,
     backward_unit,
@@ -21,94 +26,118 @@ from rewriter.backends.cpu.recurrence_unit import (
 from rewriter.backends.cpu.target import Target, host_target
 from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.backends.reference.recurrence.kernel import recurrence as reference
+from rewriter.errors import UnsupportedError
 from rewriter.ir.recurrence import Recurrence
 
 FEW = 8  # tokens up to which the step form is the faster one
-Call = Callable[..., None]
+WIDEST = 256
+Kernel = Callable[[int, int], None]
+MakeUnit = Callable[[Recurrence, torch.dtype, Target], Unit]
 
 
 def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """Why there is no kernel for the spec, as one sentence, or None."""
-    target = host_target()
-    if isinstance(target, str):
-        return target
     if dtype not in CTYPES:
         return f"its recurrence takes float32 and bfloat16, not {dtype}".replace("torch.", "")
-    if not 1 <= spec.key_dim <= 256 or not 1 <= spec.value_dim <= 256:
-        return f"its recurrence takes widths up to 256, not {spec.key_dim} and {spec.value_dim}"
     if spec.normaliser == "max":
         return "its recurrence has no max normaliser"
-    if not spec.causal and spec.decay != "none":
-        return "its bidirectional recurrence has no decay"
     if needs_grad and spec.correction == "untied":
         return "its recurrence has no backward pass for an untied correction"
-    if needs_grad and spec.read == "exclusive":
-        return "its recurrence has a backward pass for inclusive reads only"
-    problem = stepper(spec, dtype) if spec.causal else _forward(spec, dtype, target)
-    return problem.reason if isinstance(problem, NoKernel) else None
+    if not spec.causal and spec.decay != "none":
+        ahead, behind = scans(spec)
+        single = torch.float32
+        return decline(ahead, single, needs_grad) or decline(behind, single, needs_grad)
+    if not 1 <= spec.key_dim <= WIDEST or not 1 <= spec.value_dim <= WIDEST:
+        widths = f"{spec.key_dim} and {spec.value_dim}"
+        return f"its recurrence takes widths up to {WIDEST}, not {widths}"
+    found: object
+    if needs_grad and spec.causal:
+        found = _kernel(spec, dtype, backward_unit, "recurrence_backward")
+    elif spec.causal:
+        found = stepper(spec, dtype)
+    else:
+        found = _kernel(spec, dtype, forward_unit, "recurrence_forward")
+    return found.reason if isinstance(found, NoKernel) else None
 
 
 def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, N, Dv) in the dtype of v and the end state, float32; see `inputs`."""
+    """Read and write the state.
+
+    Args:
+        spec: what to compute.
+        x: tensors on the CPU with any strides; see `RecurrenceInputs`.
+
+    Returns:
+        Outputs (B, H, N, Dv) in the dtype of v, and the end state, float32, contiguous.
+
+    Raises:
+        UnsupportedError: there is no kernel; `decline` says why beforehand.
+    """
     if spec.causal and (x.q.shape[2] <= FEW or spec.correction == "untied"):
-        step = stepper(spec, x.v.dtype)
-        assert not isinstance(step, NoKernel)
-        if not _ready(x):
-            x = _prepared(x)
+        step = _step(spec, x.v.dtype)
+        x = x if ready(x) else prepared(x)
         tensors = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus)
         return step(*tensors, x.start, x.cu_seqlens)
-    x = _prepared(x)
+    if not spec.causal and spec.decay != "none":
+        return forward_both(spec, x, forward)
+    x = prepared(x)
+    kernel = _found(spec, x.v.dtype, forward_unit, "recurrence_forward")
     B, H, N, _ = x.q.shape
     Hkv = x.k.shape[1]
     rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     out = x.v.new_empty(B, H, N, spec.value_dim)
     end = x.v.new_empty(rows, Hkv, spec.key_dim, spec.state_width, dtype=torch.float32)
-    target = host_target()
-    assert isinstance(target, Target)
     threads = torch.get_num_threads()
     parts = _parts(spec, rows * Hkv, N, threads)
     between = None
     if parts > 1 or not spec.causal:
         between = end.new_empty(rows * Hkv * parts, *end.shape[2:])
-    call = _call(x, out, end, rows, threads, parts)
-    kernel = _forward(spec, x.v.dtype, target)
-    assert not isinstance(kernel, NoKernel)
-    kernel(call.buffer_info()[0], _pointer(between))
+    call = call_of(x, out, end, rows, threads, parts)
+    kernel(call.buffer_info()[0], pointer(between))
     return out, end
 
 
 def backward(
     spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor, grad_end: Tensor | None
 ) -> RecurrenceGrads:
-    """Gradients of a call; `grad_end` None is zero. See `inputs`."""
+    """Gradients of a call. Only the states between chunks are kept, and only during the call.
+
+    Args:
+        spec, x: of the forward call.
+        grad_out: gradient of the outputs.
+        grad_end: gradient of the end state, None for zero; of no account if not causal.
+
+    Raises:
+        UnsupportedError: there is no kernel; `decline` says why beforehand.
+    """
+    if not spec.causal and spec.decay != "none":
+        return backward_both(spec, x, grad_out, forward, backward)
     if not spec.causal:
         return _global_backward(spec, x, grad_out)
-    given, x = x, _prepared(x)
-    B = x.q.shape[0]
-    rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    threads = torch.get_num_threads()
-    target = host_target()
-    assert isinstance(target, Target)
-    kernel = _backward(spec, x.v.dtype, target)
-    assert not isinstance(kernel, NoKernel)
+    given, x = x, prepared(x)
+    kernel = _found(spec, x.v.dtype, backward_unit, "recurrence_backward")
+    rows = x.q.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     grad = grad_out.to(x.v.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     end = None if grad_end is None else grad_end.float().contiguous()
     q, k, v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x.q, x.k, x.v))
-    decay = beta = start = None
+    decay = beta = bonus = start = None
+    single = {"dtype": torch.float32, "device": v.device}
     if x.decay is not None:
-        # A constant per head collects one number per row, which are summed below.
-        shape = (rows, x.k.shape[1], 1) if spec.decay == "head" else x.decay.shape
-        decay = torch.zeros(shape, dtype=torch.float32, device=x.v.device)
+        # What is shared by all rows collects one number per row; they are summed below.
+        shape = (rows, k.shape[1], 1) if spec.decay == "head" else x.decay.shape
+        decay = torch.zeros(shape, **single)
     if x.beta is not None:
-        beta = torch.empty(x.beta.shape, dtype=torch.float32, device=x.v.device)
+        beta = torch.empty(x.beta.shape, **single)
+    if x.bonus is not None:
+        bonus = torch.zeros((rows, *x.bonus.shape), **single)
     if x.start is not None:
         start = torch.empty_like(x.start)
-    call = _call(x, grad, None, rows, threads, 1)
+    call = call_of(x, grad, None, rows, torch.get_num_threads(), 1)
     grads = array("q")
     for t in (grad, q, k, v, decay, beta):
-        grads.extend(_rows(t))
-    grads.extend((_pointer(end), _pointer(start)))
+        grads.extend(rows_of(t))
+    grads.extend((pointer(bonus), pointer(end), pointer(start)))
     kernel(call.buffer_info()[0], grads.buffer_info()[0])
     if decay is not None and spec.decay == "head":
         decay = decay.sum((0, 2))
@@ -122,6 +151,7 @@ def backward(
         v.to(given.v.dtype),
         like(decay, given.decay),
         like(beta, given.beta),
+        bonus=like(None if bonus is None else bonus.sum(0), given.bonus),
         start=like(start, given.start),
     )
 
@@ -136,50 +166,6 @@ def _global_backward(spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor) ->
     return RecurrenceGrads(*grads, start=start)
 
 
-def _ready(x: RecurrenceInputs) -> bool:
-    """Whether every dtype is the kernel's."""
-    kind, single = x.v.dtype, torch.float32
-    return (
-        x.q.dtype == kind
-        and x.k.dtype == kind
-        and (x.start is None or x.start.dtype == single)
-        and (x.decay is None or x.decay.dtype == single)
-        and (x.beta is None or x.beta.dtype == single)
-        and x.erase is None
-        and x.bonus is None
-        and x.cu_seqlens is None
-    )
-
-
-def _prepared(x: RecurrenceInputs) -> RecurrenceInputs:
-    """Unit stride of the features; one dtype for q, k and v, float32 for the rest."""
-    kind = x.v.dtype
-
-    def wide(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        t = t if t.dtype == torch.float32 else t.float()
-        return t if t.dim() < 4 or t.stride(-1) == 1 else t.contiguous()
-
-    def narrow(t: Tensor) -> Tensor:
-        t = t if t.dtype == kind else t.to(kind)
-        return t if t.stride(-1) == 1 else t.contiguous()
-
-    cu = x.cu_seqlens
-    return RecurrenceInputs(
-        narrow(x.q),
-        narrow(x.k),
-        narrow(x.v),
-        wide(x.decay),
-        wide(x.beta),
-        wide(x.erase),
-        wide(x.add),
-        None if x.bonus is None else x.bonus.float().contiguous(),
-        None if cu is None else cu.to(torch.int32).contiguous(),
-        None if x.start is None else x.start.float().contiguous(),
-    )
-
-
 def _parts(spec: Recurrence, heads: int, tokens: int, threads: int) -> int:
     """Parts of the sequence, so that every thread has work; a correction runs in one."""
     if spec.correction != "none" or heads >= threads:
@@ -188,47 +174,29 @@ def _parts(spec: Recurrence, heads: int, tokens: int, threads: int) -> int:
     return max(1, min(-(-wanted // heads), tokens // (8 * chunk_length(spec))))
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _step(spec: Recurrence, dtype: torch.dtype) -> Step:
+    step = stepper(spec, dtype)
+    if isinstance(step, NoKernel):
+        raise UnsupportedError(f"no CPU kernel serves this Recurrence call: {step.reason}")
+    return step
 
 
-def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
-    """Address and strides over batch, head and token; a constant per head has no token."""
-    if t is None:
-        return 0, 0, 0, 0
-    if t.dim() == 1:
-        return t.data_ptr(), 0, t.stride(0), 0
-    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
+def _found(spec: Recurrence, dtype: torch.dtype, make: MakeUnit, name: str) -> Kernel:
+    kernel = _kernel(spec, dtype, make, name)
+    if isinstance(kernel, NoKernel):
+        raise UnsupportedError(f"no CPU kernel serves this Recurrence call: {kernel.reason}")
+    return kernel
 
 
-def _call(
-    x: RecurrenceInputs, out: Tensor, end: Tensor | None, rows: int, threads: int, parts: int
-) -> array[int]:
-    """The struct `Call` of recurrence.hpp."""
-    B, H, N, _ = x.q.shape
-    call = array("q")
-    for t in (x.q, x.k, x.v, out, x.decay, x.beta, x.erase, x.add):
-        call.extend(_rows(t))
-    call.extend(_pointer(t) for t in (x.bonus, x.start, end, x.cu_seqlens))
-    call.extend((B, H, x.k.shape[1], N, rows, threads, parts))
-    return call
-
-
-@lru_cache(maxsize=256)
-def _forward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
-    return _bound(load(forward_unit(spec, dtype, target)), "recurrence_forward", 2)
-
-
-@lru_cache(maxsize=256)
-def _backward(spec: Recurrence, dtype: torch.dtype, target: Target) -> Call | NoKernel:
-    return _bound(load(backward_unit(spec, dtype, target)), "recurrence_backward", 2)
-
-
-def _bound(library: ctypes.CDLL | NoKernel, name: str, pointers: int) -> Call | NoKernel:
+@lru_cache(maxsize=512)
+def _kernel(spec: Recurrence, dtype: torch.dtype, make: MakeUnit, name: str) -> Kernel | NoKernel:
+    target = host_target()
+    if isinstance(target, str):
+        return NoKernel(target)
+    library = load(make(spec, dtype, target))
     if isinstance(library, NoKernel):
         return library
     function = getattr(library, name)
-    function.argtypes = (ctypes.c_int64,) * pointers
-    function.restype = None
-    kernel: Call = function
+    function.argtypes, function.restype = (ctypes.c_int64, ctypes.c_int64), None
+    kernel: Kernel = function
     return kernel

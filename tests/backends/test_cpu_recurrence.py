@@ -33,6 +33,7 @@ DELTA = Recurrence(20, 13, decay="token", correction="delta", scale=0.7)
 CHANNEL_DELTA = Recurrence(16, 32, decay="channel", correction="delta")
 UNTIED = Recurrence(16, 24, decay="channel", correction="untied")
 GLOBAL = Recurrence(256, 80, normaliser="ones", causal=False)
+BOTH = Recurrence(16, 15, decay="token", normaliser="ones", causal=False)
 CAUSAL = {
     "linear": LINEAR,
     "head": HEAD,
@@ -41,7 +42,7 @@ CAUSAL = {
     "delta": DELTA,
     "untied": UNTIED,
 }
-TRAINED = {"token": TOKEN, "channel": CHANNEL, "delta": DELTA}
+TRAINED = {"token": TOKEN, "channel": CHANNEL, "delta": DELTA, "bonus": BONUS}
 
 
 def inputs(call: Call, cu: Tensor | None = None) -> RecurrenceInputs:
@@ -92,9 +93,9 @@ def test_lengths_around_the_chunk(n: int) -> None:
 
 
 def test_bidirectional_equals_the_matrix_of_weights() -> None:
-    for n in (1, 37):
-        call = call_of(GLOBAL, n, kv_heads=1)
-        close(forward(GLOBAL, call)[0], pairwise(GLOBAL, call))
+    for spec, n in ((GLOBAL, 1), (GLOBAL, 37), (BOTH, 40)):
+        call = call_of(spec, n, kv_heads=1)
+        close(forward(spec, call)[0], pairwise(spec, call))
 
 
 def test_states_are_handed_over_at_any_split() -> None:
@@ -244,9 +245,9 @@ def test_gradients_at_extreme_gates(spec: Recurrence) -> None:
         close(getattr(mine, name), leaf.grad)
 
 
-def test_packed_gradients_and_global_gradients() -> None:
+def test_gradients_of_packed_and_bidirectional_calls() -> None:
     cu = torch.tensor([0, 40, 77], dtype=torch.int32)
-    for spec, packed in ((TOKEN, cu), (GLOBAL, None)):
+    for spec, packed in ((TOKEN, cu), (GLOBAL, None), (BOTH, cu)):
         call = call_of(spec, 77, batch=1, kv_heads=1, strength=0.3)
         grad_out = torch.randn(1, 2, 77, spec.value_dim, generator=torch.Generator().manual_seed(1))
         mine = cpu.backward(spec, inputs(call, packed), grad_out, None)
@@ -280,9 +281,7 @@ def test_a_sequence_split_over_threads_gives_the_same() -> None:
         (LINEAR, torch.float64, False, "takes float32 and bfloat16, not float64"),
         (Recurrence(300, 16), torch.float32, False, "widths up to 256"),
         (Recurrence(16, 16, decay="token", normaliser="max"), torch.float32, False, "max"),
-        (Recurrence(16, 16, decay="token", causal=False), torch.float32, False, "bidirectional"),
         (UNTIED, torch.float32, True, "untied"),
-        (BONUS, torch.float32, True, "inclusive reads"),
     ],
 )
 def test_declines_say_why(spec: Recurrence, dtype: torch.dtype, grad: bool, reason: str) -> None:

@@ -1,4 +1,4 @@
-// Backward pass of causal inclusive reads. A task is one state head of one row: a forward sweep
+// Backward pass of causal reads. A task is one state head of one row: a forward sweep
 // saves the state at every chunk boundary, then the chunks are taken from the last to the first,
 // carrying the gradient of the state. Nothing else is saved; weights are computed again.
 
@@ -6,6 +6,7 @@ struct Grads {
     Rows<const T> out;  // gradient of the output
     Rows<T> q, k, v;
     Rows<float> decay, beta;  // 'head': one number per row and head
+    float* bonus;  // one vector per row and head
     const float* end;
     float* start;
 };
@@ -14,25 +15,34 @@ constexpr long SAVED = DKP * DVP + DKP;  // floats of a saved state: S, z
 
 // Weights, their gradients and those of one query head.
 static void read_back(Back& b, const Call& a, const Grads& d, long batch, long head, long t, int n,
-                      const float* S0, const float* z0) {
+                      const float* z0, const float* bonus, float* dbonus) {
     Scratch& s = b.f;
     take_rows<DK, DKP>(n, a.q.at(batch, head, t), a.q.n, s.q);
     take_rows<DV, DVP>(n, d.out.at(batch, head, t), d.out.n, b.go);
     if constexpr (DECAY == CHANNEL) {
-        channel_lower<false, false>(n, s.q, s.k, s.channel.a, SCALE, s.P);
+        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, s.k, s.channel.a, SCALE, s.P);
     } else {
         const float* D = s.scalar.D;
-        lower<DK, false>(n, s.q, DKP, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+        lower<DK, EXCLUSIVE>(n, s.q, DKP, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
             return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
         });
     }
     scaled_rows<Side::Read>(s, n, s.q, b.qd);
     for (int i = 0; i < n * DKP; i += LANES) store(b.qd + i, load(b.qd + i) * SCALE);
-    lower<DV, false>(n, b.go, DVP, b.wt, b.X, [](int, int, vf sum) INLINE_LAMBDA { return sum; });
+    lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X, [](int, int, vf sum) INLINE_LAMBDA { return sum; });
     float* seen = b.t;
     product<DKP>(n, DV, b.go, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(seen + m * DKP + c, sum);
     });
+    float near[CHUNK], dnear[CHUNK];  // SCALE q u k, and its gradient
+    if constexpr (BONUS)
+        for (int i = 0; i < n; ++i) {
+            vf sum{};
+            for (int c = 0; c < DK; c += LANES)
+                sum += load(s.q + i * DKP + c) * load(s.k + i * DKP + c) * load_upto(bonus + c, DK - c);
+            near[i] = SCALE * sum_lanes(sum);
+            dnear[i] = dot<DVP>(b.go + i * DVP, s.v + i * DVP);
+        }
     if constexpr (ONES)
         for (int i = 0; i < n; ++i) {
             float *x = b.X + i * CP, *T_ = b.t + i * DKP, *go = b.go + i * DVP;
@@ -42,11 +52,16 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
                 sum += load(p + j);
                 with += load(p + j) * load(x + j);
             }
-            const float mass = sum_lanes(sum) + dot<DKP>(q, z0);
-            const float read = sum_lanes(with) + dot<DKP>(q, T_);
+            float mass = sum_lanes(sum) + dot<DKP>(q, z0);
+            float read = sum_lanes(with) + dot<DKP>(q, T_);
+            if constexpr (BONUS) {
+                mass += near[i];
+                read += near[i] * dnear[i];
+            }
             const float inverse = mass <= 0 ? 0.0f : 1.0f / mass;
             const float dmass = -read * inverse * inverse;
-            for (int j = 0; j <= i; ++j) x[j] = x[j] * inverse + dmass;
+            for (int j = 0; j < i + !EXCLUSIVE; ++j) x[j] = x[j] * inverse + dmass;
+            if constexpr (BONUS) dnear[i] = dnear[i] * inverse + dmass;
             for (int c = 0; c < DVP; c += LANES) store(go + c, load(go + c) * inverse);
             for (int c = 0; c < DKP; c += LANES) {
                 store(T_ + c, load(T_ + c) * inverse + dmass * load(z0 + c));
@@ -56,8 +71,22 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
     scaled_rows<Side::Read>(s, n, b.t, b.dq);
     for (int i = 0; i < n * DKP; i += LANES) store(b.dq + i, load(b.dq + i) * SCALE);
     add_upper<DVP>(n, s.P, b.go, DVP, b.dw, DVP);
-    pair_grads<false>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
-    add_sum_grads(n, s.q, b.dq, 1.0f, b.db);
+    pair_grads<true>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
+    add_sum_grads(n, s.q, b.dq, 1.0f, b.db, EXCLUSIVE);
+    if constexpr (BONUS)
+        for (int i = 0; i < n; ++i) {
+            const float by = SCALE * dnear[i];
+            for (int c = 0; c < DK; c += LANES) {
+                const vf u = load_upto(bonus + c, DK - c);
+                const vf q = load(s.q + i * DKP + c), k = load(s.k + i * DKP + c);
+                float *dq = b.dq + i * DKP + c, *dk = b.near_k + i * DKP + c;
+                store(dq, load(dq) + by * (u * k));
+                store(dk, load(dk) + by * (u * q));
+                store_upto(dbonus + c, load_upto(dbonus + c, DK - c) + by * (q * k), DK - c);
+            }
+            for (int c = i * DVP; c < (i + 1) * DVP; c += LANES)
+                store(b.near_v + c, load(b.near_v + c) + near[i] * load(b.go + c));
+        }
     float* dS = b.dS;
     product_onto<DVP>(
         DK, n, b.qd, 1, DKP, b.go, DVP,
@@ -82,7 +111,7 @@ static void correct_back(Back& b, int n, const float* beta, float* dbeta, long d
         store(seen + m * DKP + c, sum * -beta[m]);
     });
     scaled_rows<Side::Upto>(s, n, b.t, b.dkr);
-    pair_grads<true>(s, n, b.X, s.k, s.k, 1.0f, b.dkr, b.dk);
+    pair_grads<false>(s, n, b.X, s.k, s.k, 1.0f, b.dkr, b.dk);
     scaled_rows<Side::Upto>(s, n, s.k, b.qd);
     for (int i = 0; i < n; ++i)
         for (int c = 0; c < DVP; c += LANES)
@@ -108,7 +137,7 @@ static void correct_again(Back& b, int n, const float* beta, const float* S0) {
     if constexpr (DECAY == CHANNEL) {
         channel_lower<true, false>(n, s.k, s.k, s.channel.a, 1.0f, b.KK);
     } else {
-        const float* D = s.scalar.D;
+        const float* D = s.scalar.among();
         lower<DK, true>(n, s.k, DKP, s.kt, b.KK, [=](int i, int j, vf sum) INLINE_LAMBDA {
             return SCALARS ? sum * load(D + i * CP + j) : sum;
         });
@@ -204,7 +233,14 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
     transpose_in(DK, DV, S0, DVP, b.St, DKP);
     memset(b.db, 0, sizeof b.db);
     end_back(b, n, w, S1, z1);
-    for (long i = 0; i < G; ++i) read_back(b, a, d, batch, head * G + i, at, n, S0, z0);
+    if constexpr (BONUS) {
+        memset(b.near_k, 0, sizeof b.near_k);
+        memset(b.near_v, 0, sizeof b.near_v);
+    }
+    const float* bonus = BONUS ? a.bonus + head * DK : nullptr;
+    float* dbonus = BONUS ? d.bonus + (row * a.Hkv + head) * DK : nullptr;
+    for (long i = 0; i < G; ++i)
+        read_back(b, a, d, batch, head * G + i, at, n, z0, bonus, dbonus);
     if constexpr (CORRECTION == DELTA) {
         correct_back(b, n, beta, d.beta.at(batch, head, at), d.beta.n);
         add_sum_grads(n, s.k, b.dkr, 1.0f, b.db);
@@ -219,10 +255,14 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
         for (int c = 0; c < DKP; c += LANES) {
             vf x = load(b.dk + i * DKP + c);
             if constexpr (CORRECTION == DELTA) x += load(b.dkr + i * DKP + c);
+            if constexpr (BONUS) x += load(b.near_k + i * DKP + c);
             store_upto(dk + i * d.k.n + c, x, DK - c);
         }
-        for (int c = 0; c < DVP; c += LANES)
-            store_upto(dv + i * d.v.n + c, load(b.dw + i * DVP + c), DV - c);
+        for (int c = 0; c < DVP; c += LANES) {
+            vf x = load(b.dw + i * DVP + c);
+            if constexpr (BONUS) x += load(b.near_v + i * DVP + c);
+            store_upto(dv + i * d.v.n + c, x, DV - c);
+        }
     }
 }
 

@@ -8,6 +8,7 @@ struct Back {
     alignas(64) float t[CHUNK * DKP], qd[CHUNK * DKP], dq[CHUNK * DKP];
     alignas(64) float dk[CHUNK * DKP], dkr[CHUNK * DKP];  // as a written key, as a reading one
     alignas(64) float db[CHUNK * DKP], inner[DKP];
+    alignas(64) float near_k[CHUNK * DKP], near_v[CHUNK * DVP];  // through the bonus
 };
 
 // dst[i] = s * f(i) * src[i] for n rows of DKP; f: what the decay leaves (reader, upto or after).
@@ -28,8 +29,9 @@ static ALWAYS_INLINE void scaled_rows(const Scratch& f, int n, const float* src,
     }
 }
 
-// dx_i += scale sum_j A_ij y_j prod a, dy_j += scale sum_i A_ij x_i prod a, over j <= i (strict: <).
-template <bool strict>
+// dx_i += scale sum_j A_ij y_j prod a, dy_j += scale sum_i A_ij x_i prod a, over j <= i (strict: <),
+// the product over j < t <= i (shift: < i).
+template <bool strict, bool shift>
 static void channel_pair_grads(int n, const float* A, const float* x, const float* y,
                                const float* a, float scale, float* dx, float* dy) {
     for (int c = 0; c < DKP; c += 2 * LANES) {
@@ -38,22 +40,27 @@ static void channel_pair_grads(int n, const float* A, const float* x, const floa
         for (int j = 0; j < n; ++j) {
             vf key0 = load(y + j * DKP + c) * scale, key1 = load(y + j * DKP + c1) * scale;
             for (int i = j; i < n; ++i) {
-                if (i > j) {
+                if (strict && i == j) continue;
+                if (i > j && !shift) {
                     key0 *= load(a + i * DKP + c);
                     key1 *= load(a + i * DKP + c1);
-                } else if (strict) {
-                    continue;
                 }
                 const float w = A[i * CP + j];
                 float* d = dx + i * DKP;
                 store(d + c, load(d + c) + w * key0);
                 if (two) store(d + c1, load(d + c1) + w * key1);
+                if (shift) {
+                    key0 *= load(a + i * DKP + c);
+                    key1 *= load(a + i * DKP + c1);
+                }
             }
             vf sum0{}, sum1{};
             for (int i = n - 1; i > j; --i) {
                 const float w = A[i * CP + j];
-                sum0 = (sum0 + w * load(x + i * DKP + c)) * load(a + i * DKP + c);
-                sum1 = (sum1 + w * load(x + i * DKP + c1)) * load(a + i * DKP + c1);
+                vf x0 = w * load(x + i * DKP + c), x1 = w * load(x + i * DKP + c1);
+                vf a0 = load(a + i * DKP + c), a1 = load(a + i * DKP + c1);
+                sum0 = shift ? sum0 * a0 + x0 : (sum0 + x0) * a0;
+                sum1 = shift ? sum1 * a1 + x1 : (sum1 + x1) * a1;
             }
             if (!strict) {
                 sum0 += A[j * CP + j] * load(x + j * DKP + c);
@@ -66,17 +73,19 @@ static void channel_pair_grads(int n, const float* A, const float* x, const floa
     }
 }
 
-// The same for every decay; A is overwritten.
-template <bool strict>
+// The same for every decay, x the queries or the keys of a correction; A is overwritten.
+template <bool of_queries>
 static ALWAYS_INLINE void pair_grads(const Scratch& f, int n, float* A, const float* x,
                                      const float* y, float scale, float* dx, float* dy) {
     if constexpr (DECAY == CHANNEL) {
-        channel_pair_grads<strict>(n, A, x, y, f.channel.a, scale, dx, dy);
+        constexpr bool before = of_queries && EXCLUSIVE;
+        channel_pair_grads<!of_queries || EXCLUSIVE, before>(n, A, x, y, f.channel.a, scale, dx, dy);
     } else {
+        const float* D = of_queries ? f.scalar.D : f.scalar.among();
         for (int i = 0; i < n; ++i)
             for (int j = 0; j <= i; j += LANES) {
                 float* p = A + i * CP + j;
-                store(p, load(p) * (SCALARS ? load(f.scalar.D + i * CP + j) * scale : splat(scale)));
+                store(p, load(p) * (SCALARS ? load(D + i * CP + j) * scale : splat(scale)));
             }
         add_lower<DKP>(n, A, y, DKP, dx, DKP);
         add_upper<DKP>(n, A, x, DKP, dy, DKP);
@@ -84,11 +93,16 @@ static ALWAYS_INLINE void pair_grads(const Scratch& f, int n, float* A, const fl
 }
 
 // db += sign * x dx: what a running sum of log decays gets from the rows it scales.
+// Row i scales with the sum before its token if `before`; that of the first row is 0.
 static ALWAYS_INLINE void add_sum_grads(int n, const float* x, const float* dx, float sign,
-                                        float* db) {
+                                        float* db, bool before = false) {
+    const int skip = before ? 1 : 0;
     if (DECAY == CHANNEL)
-        for (int i = 0; i < n * DKP; i += LANES)
-            store(db + i, load(db + i) + sign * (load(x + i) * load(dx + i)));
+        for (int i = skip * DKP; i < n * DKP; i += LANES) {
+            float* d = db + i - skip * DKP;
+            store(d, load(d) + sign * (load(x + i) * load(dx + i)));
+        }
     else if (SCALARS)
-        for (int i = 0; i < n; ++i) db[i] += sign * dot<DKP>(x + i * DKP, dx + i * DKP);
+        for (int i = skip; i < n; ++i)
+            db[i - skip] += sign * dot<DKP>(x + i * DKP, dx + i * DKP);
 }
