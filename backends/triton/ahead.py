@@ -28,6 +28,9 @@ _TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
+_AMD_OPERATIONS = ("s_", "v_", "ds_", "global_", "buffer_", "flat_", "scratch_")
+# "  /*0040*/   @!P0 LDG.E R2, ..." gives LDG.E.
+_OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Resources:
 
     Attributes:
         registers: of a thread (AMD: VGPRs, accumulation registers included).
-        spills: bytes of a thread that go through memory, stores and loads (AMD: spilled VGPRs).
+        spills: instructions that store or load spilled registers (AMD: spilled VGPRs).
         shared: bytes of shared memory of a program.
         matrix: matrix instructions in the code.
         instructions: all instructions.
@@ -100,8 +103,9 @@ def compiled(launch: Launch, target: Target) -> Resources:
         "num_stages": launch.stages,
         "enable_fp_fusion": True,
     }
-    kernel = build(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
-    return _amd(kernel, launch, target) if target.backend == "hip" else _nvidia(kernel, launch)
+    gpu = GPUTarget(target.backend, target.arch, target.warp)
+    kernel = build(source, target=gpu, options=options)
+    return _amd(kernel, launch) if target.backend == "hip" else _nvidia(kernel, launch, target)
 
 
 def _type(value: Tensor | float) -> str:
@@ -110,9 +114,10 @@ def _type(value: Tensor | float) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _amd(kernel: Any, launch: Launch, target: Target) -> Resources:
+def _amd(kernel: Any, launch: Launch) -> Resources:
     text = kernel.asm["amdgcn"]
-    body = [line.split()[0] for line in text.splitlines() if re.match(r"\s+[sv]_|\s+ds_|\s+glob|\s+buf", line)]
+    lines = (line.split() for line in text.splitlines())
+    body = [words[0] for words in lines if words and words[0].startswith(_AMD_OPERATIONS)]
     return Resources(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
         spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text),
@@ -124,7 +129,7 @@ def _amd(kernel: Any, launch: Launch, target: Target) -> Resources:
     )
 
 
-def _nvidia(kernel: Any, launch: Launch) -> Resources:
+def _nvidia(kernel: Any, launch: Launch, target: Target) -> Resources:
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -132,12 +137,12 @@ def _nvidia(kernel: Any, launch: Launch) -> Resources:
         binary.write_bytes(kernel.asm["cubin"])
         usage = _output(str(knobs.nvidia.cuobjdump.path), "-res-usage", str(binary))
         code = _output(str(knobs.nvidia.nvdisasm.path), "-c", str(binary))
-    body = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    body = _OPERATION.findall(code)
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
         spills=sum(op.startswith(("STL", "LDL")) for op in body),
         shared=kernel.metadata.shared,
-        matrix=sum("MMA" in op for op in body),
+        matrix=sum(op.startswith(target.matrix) for op in body),
         instructions=len(body),
         warps=launch.warps,
         stages=launch.stages,

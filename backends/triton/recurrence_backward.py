@@ -161,7 +161,7 @@ def queries_and_keys(
     spec, x, size = call.spec, call.x, call.size
     channel = spec.decay == "channel"
     v = x.v if values is None else values
-    chosen = call.config("queries_and_keys")
+    chosen = call.config("channel_gradients" if channel else "queries_and_keys")
     keys, cols = block(spec.key_dim, chosen.keys), block(spec.value_dim, chosen.values)
     pieces = -(-spec.key_dim // keys)
     module = emit(

@@ -79,6 +79,16 @@ _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
             ("*", 128, Config(values=32)),
             ("*", 256, Config(values=16, stages=1)),
         ),
+        "delta_backstates": (
+            ("*", 128, Config(values=32)),
+            ("*", 256, Config(values=16, stages=1)),
+        ),
+        "unsolve": (("gfx942", 256, Config()), ("*", 256, Config(keys=32, values=32, warps=8))),
+        "pairs": (("*", 256, Config(keys=32)),),
+        "channel_gradients": (
+            ("gfx942", 256, Config(keys=32)),
+            ("*", 256, Config(keys=32, warps=8)),
+        ),
         "queries_and_keys": (
             ("gfx942", 256, Config()),
             ("sm_80", 256, Config(keys=32)),

@@ -58,8 +58,8 @@ def make(
     )
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest error relative to the largest value."""
+def error(got: torch.Tensor, want: torch.Tensor, scale: float = 0.0) -> float:
+    """Largest error relative to the largest value, or to `scale` where that is larger."""
     assert got.shape == want.shape, (got.shape, want.shape)
-    top = want.abs().max().clamp_min(1e-6)
+    top = want.abs().max().clamp_min(max(scale, 1e-6))
     return float((got.double() - want).abs().max() / top)
