@@ -79,7 +79,7 @@ def _load(unit: Unit, root: str | None, cxx: str | None) -> ctypes.CDLL | NoKern
 
 
 def find_compiler(cxx: str | None = None) -> Compiler | NoKernel:
-    """The compiler that $CXX names, else g++, else clang++."""
+    """The compiler that $CXX names, else g++, else clang++; warns once if there is none."""
     return _probe(cxx, os.environ.get("PATH"))
 
 
@@ -98,7 +98,9 @@ def _probe(cxx: str | None, path: str | None) -> Compiler | NoKernel:
             continue
         return Compiler(command, seen.stdout.splitlines()[0] if seen.stdout else "")
     name = f"the compiler {cxx!r} of $CXX" if cxx else "a C++ compiler (g++ or clang++)"
-    return NoKernel(f"{name} was not found, so no CPU kernel can be generated; install one")
+    reason = f"{name} was not found, so no CPU kernel can be generated; install one"
+    warnings.warn(f"{reason}. Slower kernels are used.", RuntimeWarning, stacklevel=2)
+    return NoKernel(reason)
 
 
 def directory(root: str | None) -> Path:

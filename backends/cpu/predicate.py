@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,5 +124,5 @@ def _combined(op: str, sizes: Sequence[int]) -> int:
     if op == "add":
         return sum(sizes)
     if op == "mul":
-        return reduce(lambda a, b: a * b, sizes)
+        return prod(sizes)
     return sizes[1] if op == "mod" else sizes[0] if op == "floordiv" else max(sizes)
