@@ -122,15 +122,14 @@ def backward(
     end = None if grad_end is None else grad_end.float().contiguous()
     q, k, v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x.q, x.k, x.v))
     decay = beta = bonus = start = None
-    single = {"dtype": torch.float32, "device": v.device}
     if x.decay is not None:
         # What is shared by all rows collects one number per row; they are summed below.
         shape = (rows, k.shape[1], 1) if spec.decay == "head" else x.decay.shape
-        decay = torch.zeros(shape, **single)
+        decay = torch.zeros(shape, dtype=torch.float32)
     if x.beta is not None:
-        beta = torch.empty(x.beta.shape, **single)
+        beta = torch.empty(x.beta.shape, dtype=torch.float32)
     if x.bonus is not None:
-        bonus = torch.zeros((rows, *x.bonus.shape), **single)
+        bonus = torch.zeros((rows, *x.bonus.shape), dtype=torch.float32)
     if x.start is not None:
         start = torch.empty_like(x.start)
     call = call_of(x, grad, None, rows, torch.get_num_threads(), 1)
@@ -161,9 +160,9 @@ def _global_backward(spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor) ->
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
         out, _ = reference(spec, q, k, v, cu_seqlens=x.cu_seqlens)
-        grads = torch.autograd.grad(out, (q, k, v), grad_out)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
     start = None if x.start is None else torch.zeros_like(x.start)
-    return RecurrenceGrads(*grads, start=start)
+    return RecurrenceGrads(dq, dk, dv, start=start)
 
 
 def _parts(spec: Recurrence, heads: int, tokens: int, threads: int) -> int:

@@ -45,7 +45,7 @@ class Chunks:
         """(B, Hkv, n, e) to (B, Hkv, count, C, e)."""
         count, C = self.k.shape[2:4]
         tail = count * C - t.shape[2]
-        return (F.pad(t, (0, 0, 0, tail)) if tail else t).unflatten(2, (count, C))
+        return torch.unflatten(F.pad(t, (0, 0, 0, tail)) if tail else t, 2, (count, C))
 
     def decayed(self, t: Tensor, sums: Tensor | None) -> Tensor:
         """t (..., C, Dk) or (..., C, G, Dk) times exp(sums)."""
@@ -102,7 +102,7 @@ def cut(x: Flow) -> Chunks:
     tail = count * C - n
 
     def tokens(t: Tensor) -> Tensor:
-        return (F.pad(t, (0, 0, 0, tail)) if tail else t).unflatten(2, (count, C))
+        return torch.unflatten(F.pad(t, (0, 0, 0, tail)) if tail else t, 2, (count, C))
 
     q = F.pad(x.q, (0, 0, 0, tail)) if tail else x.q
     q = q.reshape(B, Hkv, G, count, C, width).permute(0, 1, 3, 4, 2, 5)

@@ -48,8 +48,7 @@ def _delta(c: Chunks, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Written values are known + seen @ state, with the keys themselves as writing vectors."""
     among = pair_weights(c.k.unsqueeze(-2), c.k, c.total, c.total, strict=True).squeeze(-2)
     right = torch.cat((beta * c.v, -beta * c.decayed(c.k, c.total)), -1)
-    solved = _solve(-beta * among, right)
-    known, seen = solved.split((c.v.shape[-1], c.k.shape[-1]), -1)
+    known, seen = _solve(-beta * among, right, c.v.shape[-1])
     return c.k, known, seen
 
 
@@ -59,11 +58,11 @@ def _untied(c: Chunks, erase: Tensor, add: Tensor) -> tuple[Tensor, Tensor]:
     of_add = pair_weights(readers, add, c.before, c.total, strict=True).squeeze(-2)
     of_key = pair_weights(readers, c.k, c.before, c.total, strict=True).squeeze(-2)
     right = torch.cat((of_key @ c.v, c.decayed(erase, c.before)), -1)
-    known, seen = _solve(of_add, right).split((c.v.shape[-1], c.k.shape[-1]), -1)
-    return known, seen
+    return _solve(of_add, right, c.v.shape[-1])
 
 
-def _solve(strict: Tensor, right: Tensor) -> Tensor:
-    """(1 - strict)^-1 right, `strict` strictly lower triangular."""
+def _solve(strict: Tensor, right: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(1 - strict)^-1 right, its first `width` columns and the others; `strict` strictly lower."""
     system = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device) - strict
-    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    return solved[..., :width], solved[..., width:]

@@ -96,12 +96,12 @@ def _packed(
     lengths: list[int] = cu_seqlens.diff().tolist()
 
     def split(t: Tensor | None, axis: int = 2) -> tuple[Tensor | None, ...]:
-        return (None,) * len(lengths) if t is None else tuple(t.split(lengths, axis))
+        return (None,) * len(lengths) if t is None else torch.split(t, lengths, axis)
 
     decays = (x.decay,) * len(lengths) if spec.decay == "head" else split(x.decay)
     masks = split(valid, 1)
     outs, ends = [], []
-    tokens = (x.q.split(lengths, 2), x.k.split(lengths, 2), x.v.split(lengths, 2))
+    tokens = [torch.split(t, lengths, 2) for t in (x.q, x.k, x.v)]
     extra = (split(x.beta), split(x.erase), split(x.add), split(x.gate))
     for s, (q, k, v, decay, beta, erase, add, gate, mask) in enumerate(
         zip(*tokens, decays, *extra, masks, strict=True)

@@ -33,7 +33,7 @@ def pair_weights(
 def _scalar(x: Tensor, y: Tensor, rows: Tensor | None, cols: Tensor | None, strict: bool) -> Tensor:
     C = y.shape[-2]
     hidden = torch.ones(C, C, dtype=torch.bool, device=x.device).triu(0 if strict else 1)
-    weight = (x.flatten(-3, -2) @ y.transpose(-1, -2)).unflatten(-2, x.shape[-3:-1])
+    weight = torch.unflatten(x.flatten(-3, -2) @ y.transpose(-1, -2), -2, x.shape[-3:-1])
     if rows is None or cols is None:
         return weight.masked_fill(hidden[:, None], 0.0)
     apart = (rows - cols.transpose(-1, -2)).masked_fill(hidden, -torch.inf)
@@ -48,16 +48,16 @@ def _channels(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, strict: bool) ->
         weight = torch.zeros_like(weight)
     size = 1
     while size < C:
-        late = x.unflatten(-3, (-1, 2, size)).select(-4, 1)
-        late_rows = rows.unflatten(-2, (-1, 2, size)).select(-3, 1)
-        early = y.unflatten(-2, (-1, 2, size)).select(-3, 0)
-        early_cols = cols.unflatten(-2, (-1, 2, size)).select(-3, 0)
+        late = torch.unflatten(x, -3, (-1, 2, size)).select(-4, 1)
+        late_rows = torch.unflatten(rows, -2, (-1, 2, size)).select(-3, 1)
+        early = torch.unflatten(y, -2, (-1, 2, size)).select(-3, 0)
+        early_cols = torch.unflatten(cols, -2, (-1, 2, size)).select(-3, 0)
         first = late_rows[..., :1, :]
         late = late * (late_rows - first).to(x.dtype).exp().unsqueeze(-2)
         early = early * (first - early_cols).to(x.dtype).exp()
         cross = late.flatten(-3, -2) @ early.transpose(-1, -2)
-        upper, lower = weight.unflatten(-4, (-1, 2)).unbind(-4)
-        cross = cross.unflatten(-2, (size, G))
+        upper, lower = torch.unflatten(weight, -4, (-1, 2)).unbind(-4)
+        cross = torch.unflatten(cross, -2, (size, G))
         weight = torch.cat(
             (
                 torch.cat((upper, torch.zeros_like(upper)), -1),

@@ -25,7 +25,7 @@ def scan_tokens(x: Flow, start: Tensor | None) -> tuple[Tensor, Tensor]:
         read, state = _step(x, x.q.reshape(B, Hkv, G, width), state)
         return read.reshape(B, H, 1, -1), state
     queries = x.q.reshape(B, Hkv, G, n, width).unbind(3)
-    k, v = x.k.split(1, 2), x.v.split(1, 2)
+    k, v = torch.split(x.k, 1, 2), torch.split(x.v, 1, 2)
     g, beta, erase, add = (_each(t, n) for t in (x.g, x.beta, x.erase, x.add))
     reads = []
     for t in range(n):
@@ -36,7 +36,7 @@ def scan_tokens(x: Flow, start: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _each(t: Tensor | None, n: int) -> tuple[Tensor | None, ...]:
-    return (None,) * n if t is None else tuple(t.split(1, 2))
+    return (None,) * n if t is None else torch.split(t, 1, 2)
 
 
 def _step(x: Flow, q: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
