@@ -34,7 +34,9 @@ without matrix instructions on NVIDIA.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     check = parser.parse_args().check
     found: dict[str, dict[str, int]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,9 +68,7 @@ class AttentionCall:
     def of(
         cls, spec: BlockSparse, x: BlockSparseInputs, run: Runner, target: Target
     ) -> AttentionCall:
-        x = BlockSparseInputs(
-            **{**x.__dict__, "q": dense(x.q), "k": dense(x.k), "v": dense(x.v)}
-        )
+        x = BlockSparseInputs(**{**x.__dict__, "q": dense(x.q), "k": dense(x.k), "v": dense(x.v)})
         return cls(spec, x, run, target)
 
     @property
@@ -150,11 +148,6 @@ def segments(cuts: Tensor, length: int) -> Tensor:
     return torch.where(number >= cuts.shape[0] - 1, -1, number).to(torch.int32)
 
 
-def named(f: Features) -> dict[str, Any]:
-    """Features as the argument of a template."""
-    return {"f": f}
-
-
 @lru_cache(maxsize=128)
 def _lists(made: Schedule, masked: bool, transposed: bool, device: torch.device) -> Lists:
     keys = made.blocks
@@ -167,16 +160,14 @@ def _lists(made: Schedule, masked: bool, transposed: bool, device: torch.device)
     full = made.full.bool() & ~ragged
     if masked:
         full = torch.zeros_like(full)
-    parts = [_kept(made, chosen) for chosen in (full, ~full)]
-    tensors = [t.to(device) for part in parts for t in part]
-    return Lists(*tensors, made.starts.shape[1] - 1)
+    full_starts, full_blocks = _kept(made, full, device)
+    part_starts, part_blocks = _kept(made, ~full, device)
+    return Lists(full_starts, full_blocks, part_starts, part_blocks, made.starts.shape[1] - 1)
 
 
-def _kept(made: Schedule, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _kept(made: Schedule, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     before = torch.cat((torch.zeros(1, dtype=torch.long), chosen.long().cumsum(0)))
     blocks = made.blocks[chosen]
     # An empty list still needs an address.
-    return before[made.starts.long()].to(torch.int32), torch.cat((blocks, blocks.new_zeros(1)))
-
-
-__all__ = ["Args", "AttentionCall", "Features", "Lists", "bias_strides", "named", "segments"]
+    starts = before[made.starts.long()].to(torch.int32)
+    return starts.to(device), torch.cat((blocks, blocks.new_zeros(1))).to(device)

@@ -18,9 +18,7 @@ from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch
 
 
-def gradients(
-    call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor
-) -> BlockSparseGrads:
+def gradients(call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor) -> BlockSparseGrads:
     """Gradients of every input of a call, each of its input's shape.
 
     Args:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.backends.triton.launch import Runner, execute, unavailable
-from rewriter.backends.triton.recurrence_backward import Cotangents, divided, gradients
+from rewriter.backends.triton.recurrence_backstates import Cotangents
+from rewriter.backends.triton.recurrence_backward import divided, gradients
 from rewriter.backends.triton.recurrence_delta import solve
 from rewriter.backends.triton.recurrence_delta_backward import delta_gradients
 from rewriter.backends.triton.recurrence_forward import (

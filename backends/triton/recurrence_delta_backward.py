@@ -15,10 +15,8 @@ from rewriter.backends.inputs import RecurrenceGrads
 from rewriter.backends.triton.chunks import block, strides
 from rewriter.backends.triton.emit import emit
 from rewriter.backends.triton.launch import Launch
+from rewriter.backends.triton.recurrence_backstates import Cotangents, Written, back_states
 from rewriter.backends.triton.recurrence_backward import (
-    Cotangents,
-    Written,
-    back_states,
     decay_gradient,
     inside_chunks,
     queries_and_keys,
@@ -130,5 +128,3 @@ def _unsolve(call: Call, sums: Sums | None, solved: Solved, grad_fresh: Tensor) 
         )
     )
     return out
-
-

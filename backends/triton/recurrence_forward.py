@@ -92,7 +92,9 @@ def decay_sums(call: Call) -> Sums | None:
     if decay is None:
         return None
     channel = spec.decay == "channel"
-    module = emit("recurrence_prefix", channel=channel, exclusive=call.exclusive, packed=call.packed)
+    module = emit(
+        "recurrence_prefix", channel=channel, exclusive=call.exclusive, packed=call.packed
+    )
     written = call.float32(*decay.shape)
     reach = call.float32(*decay.shape) if call.exclusive else written
     blocks = (spec.key_dim + 31) // 32 if channel else 1

@@ -121,7 +121,8 @@ def through_scores(
     grad_left = torch.zeros(left.shape, dtype=torch.float32, device=k.device)
     grad_k = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     add_through_scores(call, sums, left, reach, weights, strict, grad_left, grad_k)
-    rows = (left * grad_left).unflatten(1, (k.shape[1], -1)).sum(2)
+    B, G, N, D = k.shape
+    rows = (left * grad_left).view(B, G, -1, N, D).sum(2)
     return PairGradients(grad_left, grad_k, rows, -k * grad_k)
 
 

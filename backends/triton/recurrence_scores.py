@@ -22,9 +22,7 @@ def channel_scores(call: Call, left: Tensor, reach: Tensor, sums: Sums, strict: 
     size, k = call.size, call.x.k
     heads = left.shape[1]
     out = call.float32(size.batch, heads, size.length, CHUNK)
-    module = emit(
-        "recurrence_scores", strict=strict, packed=call.packed, precision=call.precision
-    )
+    module = emit("recurrence_scores", strict=strict, packed=call.packed, precision=call.precision)
     chosen = call.config("scores")
     call.run(
         Launch(

@@ -1,4 +1,4 @@
-"""What of the Triton backend can be checked in this process, and the interpreter's tests in theirs."""
+"""The Triton backend without a GPU; the interpreter's tests run in processes of their own."""
 
 from __future__ import annotations
 

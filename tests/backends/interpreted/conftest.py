@@ -1,4 +1,4 @@
-"""These tests need TRITON_INTERPRET=1 before triton is imported, so they have a process of their own.
+"""These tests need TRITON_INTERPRET=1 before triton is imported: they run in their own process.
 
 `test_triton.py` runs them; by hand:
 TRITON_INTERPRET=1 python -m pytest tests/backends/interpreted

@@ -76,9 +76,7 @@ def row(spec: Decode, x: DecodeInputs, b: int, h: int, r: int) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("spec", "tokens", "lengths"), CASES)
-def test_decode(
-    spec: Decode, tokens: int, lengths: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_decode(spec: Decode, tokens: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
     x = inputs(spec, tokens, lengths, dtype)
     out, lse = decode.forward(spec, x)
     want, sums = torch.zeros(out.shape).double(), torch.zeros(lse.shape).double()

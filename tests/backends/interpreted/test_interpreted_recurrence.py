@@ -157,7 +157,9 @@ def part(x: RecurrenceInputs, at: slice, start: torch.Tensor | None) -> Recurren
 def test_any_strides() -> None:
     spec = Recurrence(16, 16, decay="token")
     x = make(spec, Shape(length=70, heads=2, kv_heads=2))
-    turned = {n: getattr(x, n).transpose(1, 2).contiguous().transpose(1, 2) for n in ("q", "k", "v")}
+    turned = {
+        n: getattr(x, n).transpose(1, 2).contiguous().transpose(1, 2) for n in ("q", "k", "v")
+    }
     assert x.decay is not None
     turned["decay"] = torch.stack((x.decay, x.decay), -1)[..., 0]
     want, _ = recurrence.forward(spec, x)

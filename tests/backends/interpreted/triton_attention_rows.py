@@ -1,9 +1,10 @@
-"""Oracle and random calls of `BlockSparse`: dense scores in float64 under an explicit boolean mask."""
+"""Oracle and random calls of `BlockSparse`: dense float64 scores under an explicit mask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def visible(case: AttentionCase, x: BlockSparseInputs, i: Tensor, j: Tensor) -> 
         seen = seen & (j < x.key_lengths[:, None, None, None])
     if case.cuts:
         home = torch.full((max(case.rows, case.keys),), -1)
-        for n, (a, b) in enumerate(zip(case.cuts, case.cuts[1:], strict=False)):
+        for n, (a, b) in enumerate(pairwise(case.cuts)):
             home[a:b] = n
         seen = seen & (home[i] == home[j]) & (home[i] >= 0)
     if case.listed:

@@ -22,7 +22,11 @@ class Shape:
 
 
 def make(
-    spec: Recurrence, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, gate: float = 1.0
+    spec: Recurrence,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    gate: float = 1.0,
 ) -> RecurrenceInputs:
     """Inputs with log decays around -gate."""
     g = torch.Generator().manual_seed(seed)
@@ -31,7 +35,11 @@ def make(
     def rand(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=g)
 
-    q, k, v = rand(B, H, N, spec.key_dim), rand(B, G, N, spec.key_dim), rand(B, G, N, spec.value_dim)
+    q, k, v = (
+        rand(B, H, N, spec.key_dim),
+        rand(B, G, N, spec.key_dim),
+        rand(B, G, N, spec.value_dim),
+    )
     if spec.normaliser == "ones":
         q, k = F.softplus(q), F.softplus(k)
     if spec.correction != "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def rows(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
         parts = [(slice(b, b + 1), slice(None), b) for b in range(x.q.shape[0])]
     else:
         cuts = x.cu_seqlens.tolist()
-        spans = zip(cuts, cuts[1:], strict=False)
+        spans = pairwise(cuts)
         parts = [(slice(0, 1), slice(a, b), s) for s, (a, b) in enumerate(spans)]
     outs, ends = [], []
     for b, t, s in parts:
