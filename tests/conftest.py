@@ -16,6 +16,22 @@ from rewriter.backends.registry import VARIABLE
 os.environ.setdefault(VARIABLE, "reference")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep on one worker what shares a captured model or a prepared directory.
+
+    Tests of one case of the zoo share its trace, tests of one file share its fixtures; spread over
+    the workers each of them would make these again. Tests of kernels share nothing.
+    """
+    for item in items:
+        alone = item.path.parent.name in ("backends", "ir")
+        if not alone and item.get_closest_marker("xdist_group") is None:
+            case = getattr(item, "callspec", None)
+            shared = case.params.get("case") if case is not None else None
+            name = "-".join(map(str, shared)) if isinstance(shared, tuple) else item.path.name
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture
 def generated_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All backends, as a person has them."""

@@ -34,6 +34,11 @@ def _two_threads() -> Any:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _as_a_person_has_it(generated_kernels: None) -> None:
+    """Real models run on the generated kernels."""
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     return open_checkpoint(asset("smollm2", "*.gguf"), dtype="float32").model.eval()
