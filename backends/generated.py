@@ -6,8 +6,6 @@ raw kernels through the custom operators, so autograd, tracing and compilation w
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -18,7 +16,6 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from rewriter.backends.cpu.build import NoKernel, find_compiler
 from rewriter.backends.inputs import BlockSparseInputs, DecodeInputs, RecurrenceInputs
 from rewriter.backends.ops.attend import decode as decode_op
 from rewriter.backends.ops.block_sparse import block_sparse as block_sparse_op
@@ -266,12 +263,6 @@ def _fresh(state: State) -> bool:
     return not bool(state["seen"].any())
 
 
-@lru_cache(maxsize=8)
-def _say(text: str) -> None:
-    """Once in a process."""
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
 @dataclass(frozen=True)
 class GeneratedBackend:
     """A backend whose kernels are generated for a spec the first time it is used.
@@ -289,12 +280,7 @@ class GeneratedBackend:
     def decline(self, query: Query) -> str | None:
         if query.device != self.device:
             return f"it makes code for {self.device} devices, not for {query.device}"
-        reason = refusal(self.name, query.spec, query.dtype, query.needs_grad)
-        if reason is not None and self.name == "cpu":
-            compiler = find_compiler(os.environ.get("CXX"))
-            if isinstance(compiler, NoKernel):
-                _say(f"{compiler.reason}. Until then the slower torch kernels run.")
-        return reason
+        return refusal(self.name, query.spec, query.dtype, query.needs_grad)
 
     def kernel(self, query: Query) -> Callable[..., Any]:
         return kernel(self.name, query.spec)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rewriter.backends import generated, registry
+from rewriter.backends import registry
 from rewriter.backends.reference.window import window_attention
 from rewriter.backends.registry import Query, choose, resolve
 from rewriter.ir.kernels import JointWindowLinear, WindowAttention
@@ -58,19 +58,6 @@ def test_broken_plugins_become_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, _ in broken] == ["gone", "wrong"]
     kernel = choose(Query(WINDOW, "cpu", torch.float32, True), good, broken)
     assert [name for name, _ in kernel.declined] == ["gone", "wrong", "only_forward"]
-
-
-def test_a_missing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    generated._say.cache_clear()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(generated, "_declines", lambda *_: "it has no compiler")
-    with pytest.warns(RuntimeWarning, match="no-such-compiler") as said:
-        for width in (3, 4):
-            spec = Recurrence(width, 4, normaliser="ones")
-            kernel = choose(Query(spec, "cpu", torch.float32, False), registry.BUILT_IN)
-            assert kernel.backend == "reference"
-    assert len(said) == 1
-    generated._say.cache_clear()
 
 
 def test_a_variable_limits_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
