@@ -6,8 +6,6 @@ bias are atomic and so not the same bit for bit from run to run.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,8 @@ def _queries(call: AttentionCall, args: Args) -> tuple[Tensor, dict[str, Tensor]
     x = call.x
     B, H, M, _ = x.q.shape
     chosen = tile_of(call, "attend_queries")
-    module = emit("block_sparse_backward", f=call.features(backward=True))
+    features = call.features(backward=True)
+    module = emit("block_sparse_backward", f=features)
     grad_q = torch.empty_like(x.q, memory_format=torch.contiguous_format)
     extra: Args = {}
     if x.slopes is not None:
@@ -80,6 +79,7 @@ def _queries(call: AttentionCall, args: Args) -> tuple[Tensor, dict[str, Tensor]
             sizes(call, chosen),
             chosen.warps,
             chosen.stages,
+            repeatable=not features.shared_bias,
         )
     )
     hooks = {n.removeprefix("grad_"): t for n, t in extra.items() if isinstance(t, Tensor)}
@@ -94,8 +94,7 @@ def _keys(call: AttentionCall, args: Args) -> tuple[Tensor, Tensor]:
     x = call.x
     N = x.k.shape[2]
     chosen = tile_of(call, "attend_keys")
-    features = replace(call.features(backward=True), temperature=x.temperature is not None)
-    module = emit("block_sparse_backward", f=features)
+    module = emit("block_sparse_backward", f=call.features(backward=True))
     grad_k = torch.empty_like(x.k, memory_format=torch.contiguous_format)
     grad_v = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     where = {"member": _members(call)} if call.listed else visited(call, chosen, transposed=True)

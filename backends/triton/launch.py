@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Grid = tuple[int, ...]
@@ -23,6 +25,7 @@ class Launch:
         args: tensors, integers and floats by parameter name.
         constants: compile-time parameters by name.
         warps, stages: compile options.
+        repeatable: running it twice gives the same result, so that it may be timed on its own data.
     """
 
     kernel: Any
@@ -31,6 +34,7 @@ class Launch:
     constants: Mapping[str, int | float] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
+    repeatable: bool = True
 
     @property
     def name(self) -> str:
@@ -41,8 +45,16 @@ Runner = Callable[[Launch], None]
 
 
 def execute(launch: Launch) -> None:
-    """Run it, on a GPU or under Triton's interpreter."""
+    """Run it, on a GPU or under Triton's interpreter.
+
+    On a GPU the first call for a set of compile-time sizes times several compile options and keeps
+    the fastest; elsewhere, and for kernels that add to their outputs, the fixed ones are used.
+    """
     if 0 in launch.grid:
+        return
+    if launch.repeatable and not interpreted() and torch.cuda.is_available():
+        tuned = _tuned(launch.kernel, candidates(launch), tuple(launch.constants))
+        tuned[launch.grid](**launch.args, **launch.constants, enable_fp_fusion=True)
         return
     launch.kernel[launch.grid](
         **launch.args,
@@ -51,6 +63,22 @@ def execute(launch: Launch) -> None:
         num_stages=launch.stages,
         enable_fp_fusion=True,
     )
+
+
+def candidates(launch: Launch) -> tuple[tuple[int, int], ...]:
+    """(warps, stages) that are tried on a GPU, the fixed choice first."""
+    fixed = (launch.warps, launch.stages)
+    warps = {launch.warps, max(1, launch.warps // 2), min(8, launch.warps * 2)}
+    others = sorted((w, s) for w in warps for s in (1, 2, 3))
+    return (fixed, *(c for c in others if c != fixed))
+
+
+@lru_cache(maxsize=512)
+def _tuned(kernel: Any, options: tuple[tuple[int, int], ...], key: tuple[str, ...]) -> Any:
+    import triton
+
+    configs = [triton.Config({}, num_warps=w, num_stages=s) for w, s in options]
+    return triton.autotune(configs=configs, key=list(key))(kernel)
 
 
 def unavailable() -> str | None:

@@ -89,6 +89,7 @@ def add_through_scores(
             constants,
             chosen.warps,
             chosen.stages,
+            repeatable=False,
         )
     )
     call.run(
@@ -99,6 +100,7 @@ def add_through_scores(
             constants,
             chosen.warps,
             chosen.stages,
+            repeatable=False,
         )
     )
 

@@ -91,10 +91,11 @@ _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
         ),
         "queries_and_keys": (
             ("gfx942", 256, Config()),
-            ("sm_80", 256, Config(keys=32)),
+            ("sm_80", 256, Config(keys=32, values=32)),
             ("*", 256, Config(warps=8)),
         ),
         "attend_queries": (
+            ("sm_80", 64, Config(rows=64, keys=32, warps=4)),
             ("*", 64, Config(rows=64, keys=64, warps=4)),
             ("gfx942", 128, Config(rows=64, keys=32, warps=4, stages=1)),
             ("*", 128, Config(rows=64, keys=64, warps=8)),

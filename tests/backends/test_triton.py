@@ -43,7 +43,7 @@ def interpreted(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("family", ["attention", "recurrence", "decode"])
+@pytest.mark.parametrize("family", ["attention", "recurrence", "decode", "operators"])
 def test_under_the_interpreter(family: str) -> None:
     result = interpreted("-k", f"test_interpreted_{family}")
     assert result.returncode == 0, result.stdout[-6000:]
@@ -102,6 +102,13 @@ def test_declines_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
     reason = recurrence.decline(Recurrence(64, 64), torch.float32, False)
     assert reason is not None and "pip install" in reason
+
+
+def test_tuning_starts_from_the_fixed_choice() -> None:
+    made = launch.Launch(None, (1,), {}, {}, warps=4, stages=2)
+    options = launch.candidates(made)
+    assert options[0] == (4, 2)
+    assert len(set(options)) == len(options) == 9
 
 
 def test_importing_does_not_import_triton() -> None:
