@@ -1,7 +1,4 @@
-"""Raw `Recurrence` kernels in generated C++: chunks for sequences, single steps for few tokens.
-
-No correction with untied vectors has a chunked form here; its tokens run one by one.
-"""
+"""Raw `Recurrence` kernels in generated C++: chunks for sequences, single steps for few tokens."""
 
 from __future__ import annotations
 
@@ -73,7 +70,7 @@ def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedError: there is no kernel; `decline` says why beforehand.
     """
-    if spec.causal and (x.q.shape[2] <= FEW or spec.correction == "untied"):
+    if spec.causal and x.q.shape[2] <= FEW:
         step = _step(spec, x.v.dtype)
         x = x if ready(x) else prepared(x)
         tensors = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus)

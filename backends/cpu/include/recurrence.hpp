@@ -173,7 +173,8 @@ struct ScalarDecay {
     alignas(64) float upto[CP + LANES];   // e^{b_i}
     alignas(64) float after[CP + LANES];  // e^{b_last - b_j}
     alignas(64) float D[CHUNK * CP];      // e^{b of reader i - b_j}
-    alignas(64) float E[CHUNK * CP];      // e^{b_i - b_j}, for the reads of a correction
+    // What a correction reads with: e^{b_i - b_j}, untied e^{b_{i - 1} - b_j}; and e^{b_{i - 1}}.
+    alignas(64) float E[CHUNK * CP], before[CP + LANES];
     float whole;                          // e^{b_last}
 
     vf apart(int row, int j) const {
@@ -192,14 +193,15 @@ struct ScalarDecay {
         for (int j = 0; j < n; j += LANES) {
             store(after + j, exp_neg(apart(n, j)));
             store(upto + j, exp_neg(load(high + 1 + j) + load(low + 1 + j)));
+            if (CORRECTION == UNTIED) store(before + j, exp_neg(load(high + j) + load(low + j)));
             store(read + j, exp_neg(load(high + 1 + j - EXCLUSIVE) + load(low + 1 + j - EXCLUSIVE)));
         }
         whole = upto[n - 1];
         for (int i = 0; i < n; ++i)
             for (int j = 0; j <= i; j += LANES) {
                 store(D + i * CP + j, exp_neg(apart(i + 1 - EXCLUSIVE, j)));
-                if (CORRECTION == DELTA && EXCLUSIVE)
-                    store(E + i * CP + j, exp_neg(apart(i + 1, j)));
+                if ((CORRECTION == DELTA && EXCLUSIVE) || CORRECTION == UNTIED)
+                    store(E + i * CP + j, exp_neg(apart(i + (CORRECTION == DELTA), j)));
             }
     }
     const float* among() const { return EXCLUSIVE ? E : D; }

@@ -7,6 +7,9 @@ struct Scratch {
     alignas(64) float u[CHUNK * DVP];   // values that are written, if not v itself
     alignas(64) float ve[CHUNK * DVP];  // written values, or keys, decayed to the end of the chunk
     alignas(64) float kd[CHUNK * DKP], o[CHUNK * DVP];
+    alignas(64) float a[CORRECTION == UNTIED ? CHUNK * DKP : 1];  // erase
+    alignas(64) float b[CORRECTION == UNTIED ? CHUNK * DKP : 1];  // add, and its transpose
+    alignas(64) float bt[CORRECTION == UNTIED ? DKP * CP : 1];
     ScalarDecay scalar;
     ChannelDecay channel;
     int tabled = 0;
@@ -15,12 +18,12 @@ struct Scratch {
 struct Chunk {
     const T *q, *k, *v;
     T* out;
-    const float *g, *beta, *bonus;
+    const float *g, *beta, *erase, *add, *bonus;
     int n;
 };
 
 struct Strides {
-    long q, qh, k, v, out, oh, g, beta, group;
+    long q, qh, k, v, out, oh, g, beta, erase, add, group;
 };
 
 // Weights and outputs of one query head; w are the written values.
@@ -66,6 +69,17 @@ static void read_chunk(Scratch& s, const Chunk& c, const Strides& st, long head,
         store(o + m * os + col, SCALARS ? sum * (SCALE * read[m]) : sum * SCALE);
     });
     if constexpr (CAUSAL) add_lower<DVP>(n, P, w.p, w.rs, o, os);
+    if constexpr (CORRECTION == UNTIED) {
+        if constexpr (DECAY == CHANNEL) {
+            channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, s.b, s.channel.a, SCALE, s.P);
+        } else {
+            const float* D = s.scalar.D;
+            lower<DK, EXCLUSIVE>(n, q.p, q.rs, s.bt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+                return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
+            });
+        }
+        add_lower<DVP>(n, P, s.u, DVP, o, os);
+    }
     if constexpr (BONUS || ONES || !DIRECT)
         for (int i = 0; i < n; ++i) {
             float mass = 1.0f;
@@ -122,6 +136,36 @@ static void correct_chunk(Scratch& s, const Chunk& c, const Strides& st, View k,
     solve_lower<DVP>(n, s.M, s.u);
 }
 
+// What the erasing vectors read of the state before their tokens, into s.u.
+static void untie_chunk(Scratch& s, const Chunk& c, const Strides& st, View v) {
+    const int n = c.n;
+    take_rows<DK, DKP>(n, c.erase, st.erase, s.a);
+    take_rows<DK, DKP>(n, c.add, st.add, s.b);
+    const float *as = s.a, *before = s.scalar.before;
+    if constexpr (DECAY == CHANNEL) {
+        channel_lower<true, true>(n, s.a, s.b, s.channel.a, -1.0f, s.M);
+        channel_lower<true, true>(n, s.a, s.k, s.channel.a, 1.0f, s.P);
+        for (int i = 0; i < n * DKP; i += LANES)
+            store(s.kd + i, load(s.a + i) * load(s.channel.upto + i));
+        as = s.kd;
+    } else {
+        transpose_in(n, DK, s.b, DKP, s.bt, CP);
+        const float* E = s.scalar.E;
+        lower<DK, true>(n, s.a, DKP, s.bt, s.M, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? -sum * load(E + i * CP + j) : -sum;
+        });
+        lower<DK, true>(n, s.a, DKP, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * load(E + i * CP + j) : sum;
+        });
+    }
+    float* u = s.u;
+    product<DVP>(n, DK, as, DKP, 1, s.S, DVP, [=](int m, int col, vf sum) INLINE_LAMBDA {
+        store(u + m * DVP + col, SCALARS ? sum * before[m] : sum);
+    });
+    add_lower<DVP>(n, s.P, v.p, v.rs, s.u, DVP);
+    solve_lower<DVP>(n, s.M, s.u);
+}
+
 // The state after the chunk.
 static void write_chunk(Scratch& s, const Chunk& c, View k, View w) {
     const int n = c.n;
@@ -150,6 +194,23 @@ static void write_chunk(Scratch& s, const Chunk& c, View k, View w) {
             return DECAY == CHANNEL ? old * whole[m] : SCALARS ? old * all : old;
         },
         [=](int m, int col, vf sum) INLINE_LAMBDA { store(S + m * DVP + col, sum); });
+    if constexpr (CORRECTION == UNTIED) {
+        const float *adds = s.b, *seen = s.u;
+        if constexpr (DECAY == CHANNEL) {
+            for (int i = 0; i < n * DKP; i += LANES)
+                store(s.kd + i, load(s.b + i) * load(s.channel.after + i));
+            adds = s.kd;
+        } else if constexpr (SCALARS) {
+            for (int j = 0; j < n; ++j)
+                for (int col = j * DVP; col < (j + 1) * DVP; col += LANES)
+                    store(s.ve + col, s.scalar.after[j] * load(s.u + col));
+            seen = s.ve;
+        }
+        product_onto<DVP>(
+            DK, n, adds, 1, DKP, seen, DVP,
+            [=](int m, int col) INLINE_LAMBDA { return load(S + m * DVP + col); },
+            [=](int m, int col, vf sum) INLINE_LAMBDA { store(S + m * DVP + col, sum); });
+    }
     if constexpr (ONES)
         for (int col = 0; col < DK; col += LANES) {
             vf sum = load(s.z + col);
@@ -178,12 +239,13 @@ static void run_chunk(Scratch& s, const Chunk& c, const Strides& st) {
         if constexpr (SCALARS)
             if (DECAY != HEAD || s.tabled != n) s.scalar.set(n, c.g, st.g);
         s.tabled = n;
-        if (CAUSAL && (READ || CORRECTION == DELTA)) transpose_in(n, DK, k.p, k.rs, s.kt, CP);
+        if (CAUSAL && (READ || CORRECTION != PLAIN)) transpose_in(n, DK, k.p, k.rs, s.kt, CP);
     }
     if constexpr (CORRECTION == DELTA) {
         correct_chunk(s, c, st, k, v);
         w = {s.u, DVP};
     }
+    if constexpr (CORRECTION == UNTIED) untie_chunk(s, c, st, v);
     if constexpr (READ)
         for (long g = 0; g < st.group; ++g) read_chunk(s, c, st, g, k, v, w);
     if constexpr (WRITE) write_chunk(s, c, k, w);
@@ -209,13 +271,18 @@ static void give_state(const Scratch& s, float* p) {
 template <bool READ, bool WRITE>
 static void run_tokens(Scratch& s, const Call& a, long row, long head, long from, long to) {
     const long G = a.group(), b = a.batch(row), at = a.first(row);
-    const Strides st{a.q.n, a.q.h, a.k.n, a.v.n, a.out.n, a.out.h, a.decay.n, a.beta.n, G};
+    const Strides st{a.q.n,     a.q.h,    a.k.n,     a.v.n,   a.out.n, a.out.h,
+                     a.decay.n, a.beta.n, a.erase.n, a.add.n, G};
     for (long t = from; t < to; t += CHUNK) {
         Chunk c{a.q.at(b, head * G, at + t), a.k.at(b, head, at + t), a.v.at(b, head, at + t),
-                a.out.at(b, head * G, at + t), nullptr, nullptr, nullptr,
+                a.out.at(b, head * G, at + t), nullptr, nullptr, nullptr, nullptr, nullptr,
                 (int)(to - t < CHUNK ? to - t : CHUNK)};
         if (DECAY != NONE) c.g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at + t);
         if (CORRECTION == DELTA) c.beta = a.beta.at(b, head, at + t);
+        if (CORRECTION == UNTIED) {
+            c.erase = a.erase.at(b, head, at + t);
+            c.add = a.add.at(b, head, at + t);
+        }
         if (BONUS) c.bonus = a.bonus + head * DK;
         run_chunk<READ, WRITE>(s, c, st);
     }
@@ -225,6 +292,7 @@ static void fresh(Scratch& s) {
     memset(s.kt, 0, sizeof s.kt);
     memset(s.P, 0, sizeof s.P);
     memset(s.M, 0, sizeof s.M);
+    memset(s.bt, 0, sizeof s.bt);
     s.tabled = 0;
 }
 
