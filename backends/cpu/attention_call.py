@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +22,7 @@ class Call:
         self.hooks = [_floats(t) for t in (x.sinks, x.slopes, x.temperature)]
         self.bias = None if x.bias is None else _unit_columns(x.bias.float())
         self.lengths = [_ints(t) for t in (x.key_lengths, x.cu_seqlens, x.blocks)]
-        self.tables = (ctypes.c_void_p * max(len(kernel.tables), 1))(
-            *(t.data_ptr() for t in kernel.tables)
-        )
+        self.tables = _pack(*(t.data_ptr() for t in kernel.tables))
         B, H, M, _ = self.q.shape
         N = self.k.shape[2]
         self.sizes = (B, H, self.k.shape[1], M, N)
@@ -38,7 +36,7 @@ class Call:
             _interleaved(self.v) if kernel.pairs else _rows(self.v, False),
         )
 
-    def array(self, out: Tensor, lse: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    def fields(self, out: Tensor, lse: Tensor) -> array[int]:
         """The struct `Call`: its fields in their order."""
         s, k, v = self.plan, *self.ready
         cu, lists = self.lengths[1], self.lengths[2]
@@ -47,7 +45,7 @@ class Call:
             *(t.data_ptr() for t in (self.q, self.k, self.v, out, lse)),
             *(_pointer(t) for t in (*self.hooks, self.bias, *self.lengths)),
             *(t.data_ptr() for t in (s.starts, s.blocks, s.full)),
-            ctypes.addressof(self.tables),
+            address(self.tables),
             *(k.data.data_ptr(), v.data.data_ptr(), k.copied, v.copied),
             *self.sizes,
             *(n for t in (self.q, self.k, self.v) for n in t.stride()[:3]),
@@ -83,7 +81,7 @@ class GradBuffers:
             for g in (self.dk, self.dv)
         )
 
-    def array(self) -> ctypes.Array[ctypes.c_int64]:
+    def fields(self) -> array[int]:
         """The struct `Grads`: its fields in their order."""
         B, H, _, M, N = self.call.sizes
         bias = (0, 0, 0)
@@ -159,8 +157,13 @@ def _ints(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.int32).contiguous()
 
 
-def _pack(*values: int) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+def _pack(*values: int) -> array[int]:
+    return array("q", values)
+
+
+def address(fields: array[int]) -> int:
+    """Where the struct lies; it must outlive the call."""
+    return fields.buffer_info()[0]
 
 
 def _pointer(x: Tensor | None) -> int:

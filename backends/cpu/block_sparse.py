@@ -8,11 +8,13 @@ lengths, batch, heads, strides, scale and soft cap are arguments. The schedule c
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rewriter.backends.cpu.attention_call import Call, GradBuffers
+from rewriter.backends.cpu.attention_call import Call, GradBuffers, address
 from rewriter.backends.cpu.attention_units import Kernel, Pass, kernel_of
 from rewriter.backends.cpu.build import NoKernel, load
 from rewriter.backends.cpu.target import host_target
@@ -25,7 +27,7 @@ def decline(spec: BlockSparse, dtype: torch.dtype, needs_grad: bool) -> str | No
     """Why it cannot serve a spec, as one sentence, or None if it can. Compiles what is needed."""
     passes: tuple[Pass, ...] = ("forward", "backward") if needs_grad else ("forward",)
     for name in passes:
-        found = _find(spec, dtype, name)
+        found = find(spec, dtype, name)
         if isinstance(found, str):
             return found
     return None
@@ -45,14 +47,15 @@ def forward(spec: BlockSparse, x: BlockSparseInputs) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedError: there is no kernel for the call; `decline` says why beforehand.
     """
-    kernel, library = _ready(spec, x, "forward")
+    kernel, run = _ready(spec, x, "forward")
     B, H, M, _ = x.q.shape
     out = torch.empty((B, H, M, spec.value_dim), dtype=x.v.dtype)
     lse = torch.empty((B, H, M), dtype=torch.float32)
     if min(x.q.numel(), x.k.numel()) == 0:
         return _nothing(spec, x, out, lse)
     call = Call(spec, x, kernel)
-    library.forward(call.array(out, lse), *_scalars(spec))
+    inputs = call.fields(out, lse)
+    run(address(inputs), spec.scale, spec.softcap or 1.0)
     return out, lse
 
 
@@ -68,27 +71,38 @@ def backward(
     Raises:
         UnsupportedError: there is no kernel for the call.
     """
-    kernel, library = _ready(spec, x, "backward")
+    kernel, run = _ready(spec, x, "backward")
     if min(x.q.numel(), x.k.numel()) == 0:
         return _no_grads(x)
     call = Call(spec, x, kernel)
     to = GradBuffers(spec, x, call, grad_out)
     out, lse = out.contiguous(), lse.contiguous()
-    library.backward(call.array(out, lse), to.array(), *_scalars(spec))
+    inputs, outputs = call.fields(out, lse), to.fields()
+    run(address(inputs), address(outputs), spec.scale, spec.softcap or 1.0)
     return to.results(lse)
 
 
-def _find(spec: BlockSparse, dtype: torch.dtype, name: Pass) -> tuple[Kernel, ctypes.CDLL] | str:
+Run = Callable[..., None]
+
+
+@lru_cache(maxsize=512)
+def find(spec: BlockSparse, dtype: torch.dtype, name: Pass) -> tuple[Kernel, Run] | str:
+    """The compiled kernel of a pass on this machine, or why there is none."""
     target = host_target()
     kernel = target if isinstance(target, str) else kernel_of(spec, dtype, target, name)
     if isinstance(kernel, str):
         return kernel
     library = load(kernel.unit)
-    return library.reason if isinstance(library, NoKernel) else (kernel, library)
+    if isinstance(library, NoKernel):
+        return library.reason
+    run = library[name]
+    structs = [ctypes.c_void_p] * (1 if name == "forward" else 2)
+    run.argtypes, run.restype = [*structs, ctypes.c_float, ctypes.c_float], None
+    return kernel, run
 
 
-def _ready(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, ctypes.CDLL]:
-    found = _find(spec, x.v.dtype, name)
+def _ready(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, Run]:
+    found = find(spec, x.v.dtype, name)
     if not x.q.dtype == x.k.dtype == x.v.dtype:
         found = "q, k and v differ in dtype"
     if isinstance(found, str):
@@ -108,7 +122,3 @@ def _nothing(
 def _no_grads(x: BlockSparseInputs) -> BlockSparseGrads:
     given = (x.q, x.k, x.v, x.sinks, x.slopes, x.bias, x.temperature)
     return BlockSparseGrads(*(None if t is None else torch.zeros_like(t) for t in given))  # type: ignore[arg-type]
-
-
-def _scalars(spec: BlockSparse) -> tuple[ctypes.c_float, ctypes.c_float]:
-    return ctypes.c_float(spec.scale), ctypes.c_float(spec.softcap or 1.0)

@@ -7,6 +7,9 @@ is an argument. Catalogue: sparse.md section 1 (K3, K4).
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,7 +32,7 @@ def decline(spec: Decode, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """Why it cannot serve a spec, as one sentence, or None if it can. Compiles what is needed."""
     if needs_grad:
         return "the CPU kernel of Decode has no backward pass"
-    found = _find(spec, dtype)
+    found = find(spec, dtype)
     return found if isinstance(found, str) else None
 
 
@@ -67,7 +70,7 @@ def forward(spec: Decode, x: DecodeInputs) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedError: there is no kernel for the call.
     """
-    found = _find(spec, x.v.dtype)
+    found = find(spec, x.v.dtype)
     if not x.q.dtype == x.k.dtype == x.v.dtype:
         found = "q, k and v differ in dtype"
     B, H, n, _ = x.q.shape
@@ -81,23 +84,23 @@ def forward(spec: Decode, x: DecodeInputs) -> tuple[Tensor, Tensor]:
     out = torch.empty((B, H, n, spec.value_dim), dtype=v.dtype)
     lse = torch.empty((B, H, n), dtype=torch.float32)
     sinks = None if x.sinks is None else x.sinks.float().contiguous()
-    lengths, pages, index = (_ints(t) for t in (x.lengths, x.pages, x.index))
+    lengths, pages, index = _ints(x.lengths), _ints(x.pages), _ints(x.index)
     listed = pages if index is None else index
     table = 0 if listed is None else listed.shape[-1]
     threads = torch.get_num_threads()
     keys = table if index is not None else table * slots if pages is not None else slots
     splits = _splits(B * Hkv, keys, threads)
-    scratch = torch.empty(B * Hkv * splits * found.scratch_floats(rows), dtype=torch.float32)
-    fields = (
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
-        *(0 if t is None else t.data_ptr() for t in (sinks, lengths, pages, index)),
-        scratch.data_ptr(),
-        *(B, H, Hkv, n, slots, spec.cache == "ring", table),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        *(splits, threads),
+    scratch = torch.empty(B * Hkv * splits * rows * found.row_floats, dtype=torch.float32)
+    fields = array(
+        "q",
+        (
+            *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
+            *(_pointer(sinks), _pointer(lengths), _pointer(pages), _pointer(index)),
+            *(scratch.data_ptr(), B, H, Hkv, n, slots, spec.cache == "ring", table),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], splits, threads),
+        ),
     )
-    array = (ctypes.c_int64 * len(fields))(*fields)
-    found.decode(array, ctypes.c_float(spec.scale), ctypes.c_float(spec.softcap or 1.0))
+    found.run(fields.buffer_info()[0], spec.scale, spec.softcap or 1.0)
     return out, lse
 
 
@@ -108,14 +111,33 @@ def _splits(units: int, keys: int, threads: int) -> int:
     return max(1, min(-(-4 * threads // units), keys // _SHARE))
 
 
-def _find(spec: Decode, dtype: torch.dtype) -> ctypes.CDLL | str:
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel: its function and the floats of scratch memory that a query row needs."""
+
+    run: Callable[[int, float, float], None]
+    row_floats: int
+
+
+@lru_cache(maxsize=256)
+def find(spec: Decode, dtype: torch.dtype) -> Kernel | str:
+    """The compiled kernel of a spec on this machine, or why there is none."""
     target = host_target()
-    unit = target if isinstance(target, str) else unit_of(spec, dtype, target)
-    if isinstance(unit, str):
-        return unit
-    library = load(unit)
-    return library.reason if isinstance(library, NoKernel) else library
+    if isinstance(target, str):
+        return target
+    unit = unit_of(spec, dtype, target)
+    library = NoKernel(unit) if isinstance(unit, str) else load(unit)
+    if isinstance(library, NoKernel):
+        return library.reason
+    run = library.decode
+    run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_float, ctypes.c_float], None
+    whole = (-(-d // target.lanes) * target.lanes for d in (spec.key_dim, spec.value_dim))
+    return Kernel(run, sum(whole) + 2)
 
 
 def _ints(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.int32).contiguous()
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewriter.backends.cpu.build import NoKernel, Unit, load
+from rewriter.backends.cpu.build import NoKernel, Unit, built, find_compiler, load
 from rewriter.backends.cpu.predicate import Printed, print_predicate
 from rewriter.backends.cpu.source import assemble
 from rewriter.backends.cpu.target import TARGETS, cpu_flags
@@ -225,3 +227,38 @@ def test_printed_predicate(prelude):
             i, j = torch.arange(start, start + lanes), torch.arange(n)[:, None]
             expected = evaluate(PREDICATE, i, j, torch.tensor(h)).expand(n, lanes)
             assert np.array_equal(out, -expected.int().numpy())
+
+
+WIDE_CODE = """
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void single(int K, const float* A, const float* B, float* C) {
+    gemm_tiles<PANEL_VECTORS>(ROWS, K, A, 64L, 1L, B, (long)PANEL,
+                              [=](int m, int v, vf s) INLINE_LAMBDA {
+                                  store(C + m * PANEL + v * LANES, s);
+                              });
+}
+EXPORT void paired(int K, const pair* A, const pair* B, float* C) {
+    gemm_tiles<PANEL_VECTORS>(ROWS, K, A, 64L, 1L, B, (long)PANEL,
+                              [=](int m, int v, vf s) INLINE_LAMBDA {
+                                  store(C + m * PANEL + v * LANES, s);
+                              });
+}
+"""
+
+
+def test_wide_kernels_stay_in_registers(tmp_path):
+    """Cross-compiled for AVX-512: the right instructions, no accumulator spilled."""
+    target, compiler = TARGETS["avx512_bf16"], find_compiler()
+    if isinstance(compiler, NoKernel) or shutil.which("objdump") is None:
+        pytest.skip("needs a compiler and objdump")
+    unit = Unit("wide", assemble(target, ["gemm"], {}) + WIDE_CODE, target)
+    path = built(unit, compiler, tmp_path)
+    if isinstance(path, NoKernel):
+        pytest.skip(path.reason)  # a compiler for another processor, or too old
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True
+    ).stdout
+    wide = [line for line in text.splitlines() if "%zmm" in line]
+    assert sum("vfmadd" in line for line in wide) >= 16
+    assert sum("vdpbf16ps" in line for line in wide) >= 16
+    assert not any("%rsp" in line or "%rbp" in line for line in wide)

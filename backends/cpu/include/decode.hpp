@@ -303,8 +303,6 @@ static void merge(const Call& c, long b, long h, long t) {
 
 }  // namespace
 
-EXPORT long scratch_floats(long rows) { return Partial::floats(rows); }
-
 EXPORT void decode(const Call* call, float scale, float cap) {
     const Call& c = *call;
     long items = c.B * c.Hkv * c.splits;
