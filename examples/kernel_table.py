@@ -1,0 +1,118 @@
+"""The table of kernel figures on this machine: docs/kernel_figures.md, .json and plots.
+
+    python examples/kernel_table.py --out docs
+
+Every row is timed against the stock ways in the same run (`rewriter bench`), batch 1, 8 heads of
+64, causal unless said. On an idle machine it takes about a quarter of an hour with the compiled
+stock forms (`--compiled`), five minutes without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from rewriter.bench.plot import draw
+from rewriter.bench.run import OURS, Options, Table, run
+from rewriter.cli.show_bench import duration, point_line
+
+FORWARD = ("dense", "window", "linear", "ssd", "gla", "gated_delta")
+TRAINED = ("dense", "linear", "ssd", "gla", "gated_delta")
+
+
+def rows(table: Table) -> list[str]:
+    """Markdown rows of a table."""
+    out = []
+    for p in table.points:
+        share = table.share_of_peak(p)
+        others = ", ".join(f"{n} {duration(s)}" for n, s in p.seconds.items() if n != OURS)
+        out.append(
+            f"| {p.title} | {p.length:,} | {p.dtype} | {duration(p.seconds[OURS])} | {others} "
+            f"| {p.ratio:.2f} x {p.best} | {'' if share is None else f'{share:.0%}'} "
+            f"| {'' if p.peak_bytes is None else f'{p.peak_bytes / 2**20:.1f}'} | {p.backend} |"
+        )
+    return out
+
+
+def section(title: str, tables: list[Table]) -> list[str]:
+    head = ["", f"## {title}", ""]
+    head += ["| kernel | tokens | dtype | ours | stock | ratio | of peak | peak MiB | by |"]
+    head += ["|---|---|---|---|---|---|---|---|---|"]
+    return head + [row for table in tables for row in rows(table)]
+
+
+def scaling(one: Table, two: Table, what: str) -> list[str]:
+    """How much faster two threads are than one."""
+    slow = {(p.case, p.length): p.seconds[OURS] for p in one.points}
+    fast = {(p.case, p.length): p for p in two.points}
+    lines = []
+    for key, seconds in slow.items():
+        if key in fast:
+            gain = seconds / fast[key].seconds[OURS]
+            lines.append(f"| {fast[key].title} | {key[1]:,} | {what} | {gain:.2f} x |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--lengths", default="512,1024,2048,4096,8192")
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--compiled", action="store_true", help="time torch.compile's forms too")
+    options = parser.parse_args()
+    lengths = tuple(int(n) for n in options.lengths.split(","))
+    console = Console()
+
+    def measure(**changes: object) -> Table:
+        base = Options(seconds=options.seconds, compiled=options.compiled)
+        wanted = replace(base, **changes)  # type: ignore[arg-type]
+        return run(wanted, lambda point: console.print(point_line(point), markup=False))
+
+    forward = measure(only=FORWARD, lengths=lengths)
+    half = measure(only=FORWARD, lengths=(4096,), dtype="bfloat16")
+    train = measure(only=TRAINED, lengths=(4096,), train=True, compiled=False)
+    steps = measure(only=("cache_step",), lengths=(4096, 32768))
+    half_steps = measure(only=("cache_step",), lengths=(32768,), dtype="bfloat16")
+    recurrent = measure(only=("recurrent_step",), lengths=(1,))
+    tiny = measure(only=("recurrent_step",), lengths=(1,), heads=1, kv_heads=1, width=16)
+    plain = {"lengths": (4096,), "compiled": False, "only": FORWARD}
+    one = measure(**plain)
+    two = measure(**plain, threads=2)
+    single = {"only": ("linear", "ssd", "dense"), "heads": 1, "kv_heads": 1, "lengths": (4096,)}
+    lone, pair = measure(**single, compiled=False), measure(**single, compiled=False, threads=2)
+
+    limits = forward.limits
+    text = ["# Kernel figures", "", f"Machine: {forward.machine.describe()}."]
+    if limits is not None:
+        text += [
+            f"Measured limits of one thread ({limits.isa}): {limits.gflops:.1f} GFLOP/s of float32 "
+            f"multiply-adds, {limits.gbytes:.1f} GB/s read."
+        ]
+    text += ["", "Made by `examples/kernel_table.py`; medians, all contenders of a row in one run."]
+    text += ["`ratio` is the fastest named stock way over ours. One thread unless said."]
+    text += section("Forward", [forward, half])
+    text += section("Forward and backward", [train])
+    text += section("One token", [steps, half_steps, recurrent])
+    call = tiny.points[0].seconds[OURS]
+    text += [
+        "",
+        f"A recurrent step of one head of 16, nearly all of it the call: {duration(call)}.",
+    ]
+    text += ["", "## Two threads over one", "", "| kernel | tokens | heads | gain |"]
+    text += ["|---|---|---|---|", *scaling(one, two, "8"), *scaling(lone, pair, "1")]
+    left = {(c, why) for t in (forward, half, train) for c, _, why in t.failed}
+    text += ["", *(f"Left out, {case}: {why}" for case, why in sorted(left))]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "kernel_figures.md").write_text("\n".join(text).rstrip() + "\n")
+    every = (forward, half, train, steps, half_steps, recurrent, tiny, one, two, lone, pair)
+    figures = [json.loads(t.to_json()) for t in every]
+    (options.out / "kernel_figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    draw(forward, options.out / "kernel_figures.svg")
+
+
+if __name__ == "__main__":
+    main()
