@@ -114,7 +114,7 @@ def _size(term: Term) -> int:
         return _LARGEST
     if term.op == "const":
         assert isinstance(term.value, int)
-        return abs(term.value)
+        return abs(int(term.value))
     if term.op in ("add", "mul", "floordiv", "mod", "abs", "min", "max"):
         return _combined(term.op, [_size(a) for a in term.args])
     return 0

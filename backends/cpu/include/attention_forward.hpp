@@ -69,7 +69,9 @@ static inline void scores(const Call& c, const Task& t, int p, int j0, Part part
 }
 
 // Scores to weights, in place (or to pairs). The factor by which what is there already shrinks.
-static inline void weigh(int p, int rows, const vf* top, State& x, vf* shrink) {
+static inline void weigh(int p, Part part, const vf* top, State& x, vf* shrink) {
+    const int rows = part.rows;
+    const bool keep = !PAIRS || part.masked;  // hidden values that are not finite need them
     vf base[PANEL_VECTORS], sum[PANEL_VECTORS];
     UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
         shrink[v] = splat(1.0f);
@@ -92,6 +94,7 @@ static inline void weigh(int p, int rows, const vf* top, State& x, vf* shrink) {
             vf a = weight(r, v), b = weight(r + 1, v);
             if constexpr (!SIGMOID) sum[v] += a + b;
             if constexpr (PAIRS) store((int32_t*)x.P[r / 2] + v * LANES, make_pairs(a, b));
+            if (!keep) continue;
             store(x.S[r] + v * LANES, a);
             store(x.S[r + 1] + v * LANES, b);
         }
@@ -191,7 +194,7 @@ static void run(const Call& c, const Task& t, float scale, float cap) {
                 scores<true>(c, t, p, j0, part, cap, keys, x, top);
             else
                 scores<false>(c, t, p, j0, part, cap, keys, x, top);
-            weigh(p, part.rows, top, x, shrink);
+            weigh(p, part, top, x, shrink);
             if (part.masked && clean < 0)
                 clean = finite(v + (long)j0 / (PAIRS ? 2 : 1) * DV, n);
             if (part.masked && !clean)
