@@ -37,6 +37,8 @@ def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | Non
         return f"Triton kernels compute in float32, float16 and bfloat16, not {dtype}"
     if max(spec.key_dim, spec.value_dim) > 256:
         return "head dims above 256 do not fit the registers of one program"
+    if spec.correction == "delta" and max(spec.key_dim, spec.value_dim) > 128:
+        return "above 128 key channels the state of a delta rule does not fit one program"
     if spec.normaliser == "max":
         return "the max-stabilised normaliser has no Triton kernel yet"
     if not spec.causal and spec.decay != "none" and spec.normaliser != "none":

@@ -27,7 +27,7 @@ CHUNKED = [
     (Recurrence(16, 16, causal=False, decay="head"), Shape()),
     (Recurrence(16, 20, decay="channel", normaliser="ones"), Shape(length=20)),
     (Recurrence(16, 20, decay="channel", read="exclusive", bonus=True), SHORT_PACKED),
-    (Recurrence(16, 20, correction="delta"), Shape()),
+    (Recurrence(16, 20, correction="delta"), Shape(length=70)),
     (Recurrence(40, 20, decay="token", correction="delta"), Shape(length=80, cuts=(0, 3, 80))),
     (Recurrence(16, 16, decay="head", correction="delta", read="exclusive"), Shape(length=70)),
     (Recurrence(16, 20, decay="channel", correction="delta"), Shape(heads=1, length=20)),
@@ -119,7 +119,7 @@ def terms(
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
-@pytest.mark.parametrize("gate", [0.0, 1e4, float("inf"), "mixed"])
+@pytest.mark.parametrize("gate", [1e4, "mixed"])
 def test_extreme_gates(decay: str, gate: float | str) -> None:
     spec = Recurrence(16, 16, decay=decay)  # type: ignore[arg-type]
     x = make(spec, Shape(heads=1, length=20))
@@ -127,9 +127,9 @@ def test_extreme_gates(decay: str, gate: float | str) -> None:
     g = torch.zeros_like(x.decay)
     if gate == "mixed":
         g = x.decay.clone()
-        g[:, :, 12] = -torch.inf
-    elif gate:
-        g -= gate
+        g[:, :, 12:14] = -torch.inf
+    else:
+        g -= float(gate)
     x = replace(x, decay=g)
     out, end = recurrence.forward(spec, x)
     want, state = rows(spec, x)
