@@ -22,7 +22,7 @@ static inline void load_queries(const Call& c, const Task& t, float scale, float
         int n = (int)(t.rows - p * PANEL < PANEL ? t.rows - p * PANEL : PANEL);
         const io_t* q = c.q + t.b * c.q_b + t.h * c.q_h + (t.row + p * PANEL) * c.q_m;
         row_factors(c, t, p, scale, cap, x.factor[p]);
-        memset(x.Q[p], 0, sizeof x.Q[p]);
+        if (n < PANEL) memset(x.Q[p], 0, sizeof x.Q[p]);
         memset(x.O[p], 0, sizeof x.O[p]);
         if constexpr (PAIRS) {
             transpose_pairs(n, DK, (const bf16*)q, c.q_m, (pair*)x.Q[p], (long)PANEL);
