@@ -38,8 +38,6 @@ def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | Non
         return f"its recurrence takes float32 and bfloat16, not {dtype}".replace("torch.", "")
     if spec.normaliser == "max":
         return "its recurrence has no max normaliser"
-    if needs_grad and spec.correction == "untied":
-        return "its recurrence has no backward pass for an untied correction"
     if not spec.causal and spec.decay != "none":
         ahead, behind = scans(spec)
         single = torch.float32
@@ -118,20 +116,23 @@ def backward(
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     end = None if grad_end is None else grad_end.float().contiguous()
     q, k, v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x.q, x.k, x.v))
-    decay = beta = bonus = start = None
+    decay = beta = erase = add = bonus = start = None
     if x.decay is not None:
         # What is shared by all rows collects one number per row; they are summed below.
         shape = (rows, k.shape[1], 1) if spec.decay == "head" else x.decay.shape
         decay = torch.zeros(shape, dtype=torch.float32)
     if x.beta is not None:
         beta = torch.empty(x.beta.shape, dtype=torch.float32)
+    if x.erase is not None and x.add is not None:
+        erase = torch.empty(x.erase.shape, dtype=torch.float32)
+        add = torch.empty(x.add.shape, dtype=torch.float32)
     if x.bonus is not None:
         bonus = torch.zeros((rows, *x.bonus.shape), dtype=torch.float32)
     if x.start is not None:
         start = torch.empty_like(x.start)
     call = call_of(x, grad, None, rows, torch.get_num_threads(), 1)
     grads = array("q")
-    for t in (grad, q, k, v, decay, beta):
+    for t in (grad, q, k, v, decay, beta, erase, add):
         grads.extend(rows_of(t))
     grads.extend((pointer(bonus), pointer(end), pointer(start)))
     kernel(call.buffer_info()[0], grads.buffer_info()[0])
@@ -147,6 +148,8 @@ def backward(
         v.to(given.v.dtype),
         like(decay, given.decay),
         like(beta, given.beta),
+        like(erase, given.erase),
+        like(add, given.add),
         bonus=like(None if bonus is None else bonus.sum(0), given.bonus),
         start=like(start, given.start),
     )

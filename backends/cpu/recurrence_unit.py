@@ -60,4 +60,6 @@ def _shared(part: str) -> str:
     if part == "step":
         return text
     text += header("recurrence_chunk")
-    return text if part == "forward" else text + header("recurrence_pairs")
+    if part == "forward":
+        return text
+    return text + header("recurrence_pairs") + header("recurrence_corrections")

@@ -5,7 +5,7 @@
 struct Grads {
     Rows<const T> out;  // gradient of the output
     Rows<T> q, k, v;
-    Rows<float> decay, beta;  // 'head': one number per row and head
+    Rows<float> decay, beta, erase, add;  // decay 'head': one number per row and head
     float* bonus;  // one vector per row and head
     const float* end;
     float* start;
@@ -13,20 +13,25 @@ struct Grads {
 
 constexpr long SAVED = DKP * DVP + DKP;  // floats of a saved state: S, z
 
+// Weights of the queries in s.q for the written vectors y, yt their transpose, into s.P.
+static void weigh(Scratch& s, int n, const float* y, const float* yt) {
+    if constexpr (DECAY == CHANNEL) {
+        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, y, s.channel.a, SCALE, s.P);
+    } else {
+        const float* D = s.scalar.D;
+        lower<DK, EXCLUSIVE>(n, s.q, DKP, yt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
+        });
+    }
+}
+
 // Weights, their gradients and those of one query head.
 static void read_back(Back& b, const Call& a, const Grads& d, long batch, long head, long t, int n,
                       const float* z0, const float* bonus, float* dbonus) {
     Scratch& s = b.f;
     take_rows<DK, DKP>(n, a.q.at(batch, head, t), a.q.n, s.q);
     take_rows<DV, DVP>(n, d.out.at(batch, head, t), d.out.n, b.go);
-    if constexpr (DECAY == CHANNEL) {
-        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, s.k, s.channel.a, SCALE, s.P);
-    } else {
-        const float* D = s.scalar.D;
-        lower<DK, EXCLUSIVE>(n, s.q, DKP, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
-            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
-        });
-    }
+    weigh(s, n, s.k, s.kt);
     scaled_rows<Side::Read>(s, n, s.q, b.qd);
     for (int i = 0; i < n * DKP; i += LANES) store(b.qd + i, load(b.qd + i) * SCALE);
     lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X, [](int, int, vf sum) INLINE_LAMBDA { return sum; });
@@ -71,7 +76,13 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
     scaled_rows<Side::Read>(s, n, b.t, b.dq);
     for (int i = 0; i < n * DKP; i += LANES) store(b.dq + i, load(b.dq + i) * SCALE);
     add_upper<DVP>(n, s.P, b.go, DVP, b.dw, DVP);
-    pair_grads<true>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
+    pair_grads<Reader::Query>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
+    if constexpr (CORRECTION == UNTIED) {
+        weigh(s, n, s.b, s.bt);
+        lower<DV, EXCLUSIVE>(n, b.go, DVP, b.ut, b.X, [](int, int, vf x) INLINE_LAMBDA { return x; });
+        add_upper<DVP>(n, s.P, b.go, DVP, b.du, DVP);
+        pair_grads<Reader::Query>(s, n, b.X, s.q, s.b, SCALE, b.dq, b.dadd);
+    }
     add_sum_grads(n, s.q, b.dq, 1.0f, b.db, EXCLUSIVE);
     if constexpr (BONUS)
         for (int i = 0; i < n; ++i) {
@@ -98,57 +109,6 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
             store_upto(dq + i * d.q.n + c, load(b.dq + i * DKP + c), DK - c);
 }
 
-// The delta rule: from the gradient of the written values to v, beta, and the keys that read.
-static void correct_back(Back& b, int n, const float* beta, float* dbeta, long dbs) {
-    Scratch& s = b.f;
-    solve_upper<DVP>(n, s.M, b.dw);
-    for (int i = 0; i < n; ++i) dbeta[i * dbs] = -dot<DVP>(b.dw + i * DVP, b.miss + i * DVP);
-    lower<DV, true>(n, b.dw, DVP, b.wt, b.X, [=](int i, int, vf sum) INLINE_LAMBDA {
-        return sum * -beta[i];
-    });
-    float* seen = b.t;
-    product<DKP>(n, DV, b.dw, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
-        store(seen + m * DKP + c, sum * -beta[m]);
-    });
-    scaled_rows<Side::Upto>(s, n, b.t, b.dkr);
-    pair_grads<false>(s, n, b.X, s.k, s.k, 1.0f, b.dkr, b.dk);
-    scaled_rows<Side::Upto>(s, n, s.k, b.qd);
-    for (int i = 0; i < n; ++i)
-        for (int c = 0; c < DVP; c += LANES)
-            store(b.dw + i * DVP + c, load(b.dw + i * DVP + c) * beta[i]);
-    float* dS = b.dS;
-    product_onto<DVP>(
-        DK, n, b.qd, 1, DKP, b.dw, DVP,
-        [=](int m, int c) INLINE_LAMBDA { return -load(dS + m * DVP + c); },
-        [=](int m, int c, vf sum) INLINE_LAMBDA { store(dS + m * DVP + c, -sum); });
-}
-
-// Written values of the delta rule again (into f.u), and -v + what was read, for beta's gradient.
-static void correct_again(Back& b, int n, const float* beta, const float* S0) {
-    Scratch& s = b.f;
-    scaled_rows<Side::Upto>(s, n, s.k, b.qd);
-    float *u = s.u, *miss = b.miss;
-    const float* v = s.v;
-    product<DVP>(n, DK, b.qd, DKP, 1, S0, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
-        vf less = sum - load(v + m * DVP + c);
-        store(miss + m * DVP + c, less);
-        store(u + m * DVP + c, less * -beta[m]);
-    });
-    if constexpr (DECAY == CHANNEL) {
-        channel_lower<true, false>(n, s.k, s.k, s.channel.a, 1.0f, b.KK);
-    } else {
-        const float* D = s.scalar.among();
-        lower<DK, true>(n, s.k, DKP, s.kt, b.KK, [=](int i, int j, vf sum) INLINE_LAMBDA {
-            return SCALARS ? sum * load(D + i * CP + j) : sum;
-        });
-    }
-    for (int i = 0; i < n; ++i)
-        for (int j = 0; j < CP; j += LANES)
-            store(s.M + i * CP + j, beta[i] * load(b.KK + i * CP + j));
-    solve_lower<DVP>(n, s.M, s.u);
-    add_lower<DVP>(n, b.KK, s.u, DVP, b.miss, DVP);
-}
-
 // What the gradient of the state after the chunk says about its keys, values and decay; then it
 // becomes its part of the gradient of the state before.
 static void end_back(Back& b, int n, const float* w, const float* S1, const float* z1) {
@@ -167,6 +127,17 @@ static void end_back(Back& b, int n, const float* w, const float* S1, const floa
     product<DVP>(n, DK, b.qd, DKP, 1, b.dS, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(dw + m * DVP + c, sum);
     });
+    if constexpr (CORRECTION == UNTIED) {
+        float* du = b.du;
+        product<DKP>(n, DV, s.u, DVP, 1, b.dSt, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+            store(t + m * DKP + c, sum);
+        });
+        scaled_rows<Side::After>(s, n, t, b.dadd);
+        scaled_rows<Side::After>(s, n, s.b, b.qd);
+        product<DVP>(n, DK, b.qd, DKP, 1, b.dS, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+            store(du + m * DVP + c, sum);
+        });
+    }
     if constexpr (DECAY == NONE) return;
     const float* whole = s.channel.whole(n);
     float all = 0;
@@ -229,6 +200,19 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
         correct_again(b, n, beta, S0);
         w = s.u;
     }
+    if constexpr (CORRECTION == UNTIED) {
+        Chunk c{};
+        Strides st{};
+        c.n = n;
+        c.erase = a.erase.at(batch, head, at);
+        c.add = a.add.at(batch, head, at);
+        st.erase = a.erase.n;
+        st.add = a.add.n;
+        memcpy(s.S, S0, sizeof s.S);
+        untie_chunk(s, c, st, {s.v, DVP});
+        memcpy(b.KK, s.P, sizeof s.P);
+        transpose_in(n, DV, s.u, DVP, b.ut, CP);
+    }
     transpose_in(n, DV, w, DVP, b.wt, CP);
     transpose_in(DK, DV, S0, DVP, b.St, DKP);
     memset(b.db, 0, sizeof b.db);
@@ -245,11 +229,20 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
         correct_back(b, n, beta, d.beta.at(batch, head, at), d.beta.n);
         add_sum_grads(n, s.k, b.dkr, 1.0f, b.db);
     }
+    if constexpr (CORRECTION == UNTIED) untie_back(b, n);
     add_sum_grads(n, s.k, b.dk, -1.0f, b.db);
     if constexpr (DECAY != NONE)
         decay_back(b, n, g, a.decay.n,
                    DECAY == HEAD ? d.decay.at(row, head, 0) : d.decay.at(batch, head, at),
                    d.decay.n);
+    if constexpr (CORRECTION == UNTIED)
+        for (int i = 0; i < n; ++i)
+            for (int c = 0; c < DKP; c += LANES) {
+                float* to = d.erase.at(batch, head, at + i) + c;
+                store_upto(to, load(b.dkr + i * DKP + c), DK - c);
+                to = d.add.at(batch, head, at + i) + c;
+                store_upto(to, load(b.dadd + i * DKP + c), DK - c);
+            }
     T *dk = d.k.at(batch, head, at), *dv = d.v.at(batch, head, at);
     for (int i = 0; i < n; ++i) {
         for (int c = 0; c < DKP; c += LANES) {
@@ -284,6 +277,7 @@ extern "C" __attribute__((visibility("default"))) void recurrence_backward(const
         memset(b.X, 0, sizeof b.X);
         memset(b.KK, 0, sizeof b.KK);
         memset(b.wt, 0, sizeof b.wt);
+        memset(b.ut, 0, sizeof b.ut);
         take_state(s, d.end ? d.end + i * size : nullptr);
         memcpy(b.dS, s.S, sizeof s.S);
         memcpy(b.dz, s.z, sizeof s.z);

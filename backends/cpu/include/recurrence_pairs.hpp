@@ -8,22 +8,26 @@ struct Back {
     alignas(64) float t[CHUNK * DKP], qd[CHUNK * DKP], dq[CHUNK * DKP];
     alignas(64) float dk[CHUNK * DKP], dkr[CHUNK * DKP];  // as a written key, as a reading one
     alignas(64) float db[CHUNK * DKP], inner[DKP];
+    alignas(64) float ut[DVP * CP], du[CHUNK * DVP], dadd[CHUNK * DKP];  // of an untied correction
     alignas(64) float near_k[CHUNK * DKP], near_v[CHUNK * DVP];  // through the bonus
 };
 
-// dst[i] = s * f(i) * src[i] for n rows of DKP; f: what the decay leaves (reader, upto or after).
-enum class Side { Read, Upto, After };
+// dst[i] = f(i) * src[i] for n rows of DKP; f: what the decay leaves at a reader, up to and with
+// the token, before the token, or after it to the end.
+enum class Side { Read, Upto, Before, After };
 template <Side side>
 static ALWAYS_INLINE void scaled_rows(const Scratch& f, int n, const float* src, float* dst) {
     for (int i = 0; i < n; ++i) {
         float one = 1.0f;
         if constexpr (SCALARS)
-            one = side == Side::Read   ? f.scalar.read[i]
-                  : side == Side::Upto ? f.scalar.upto[i]
-                                       : f.scalar.after[i];
-        const float* by = side == Side::Read   ? f.channel.read()
-                          : side == Side::Upto ? f.channel.upto + DKP
-                                               : f.channel.after;
+            one = side == Side::Read     ? f.scalar.read[i]
+                  : side == Side::Upto   ? f.scalar.upto[i]
+                  : side == Side::Before ? f.scalar.before[i]
+                                         : f.scalar.after[i];
+        const float* by = side == Side::Read     ? f.channel.read()
+                          : side == Side::Upto   ? f.channel.upto + DKP
+                          : side == Side::Before ? f.channel.upto
+                                                 : f.channel.after;
         for (int c = i * DKP; c < (i + 1) * DKP; c += LANES)
             store(dst + c, load(src + c) * (DECAY == CHANNEL ? load(by + c) : splat(one)));
     }
@@ -73,15 +77,20 @@ static void channel_pair_grads(int n, const float* A, const float* x, const floa
     }
 }
 
-// The same for every decay, x the queries or the keys of a correction; A is overwritten.
-template <bool of_queries>
+// The same for every decay; x are queries, keys of the delta rule or erasing vectors. A is
+// overwritten.
+enum class Reader { Query, Key, Eraser };
+template <Reader reader>
 static ALWAYS_INLINE void pair_grads(const Scratch& f, int n, float* A, const float* x,
                                      const float* y, float scale, float* dx, float* dy) {
     if constexpr (DECAY == CHANNEL) {
-        constexpr bool before = of_queries && EXCLUSIVE;
-        channel_pair_grads<!of_queries || EXCLUSIVE, before>(n, A, x, y, f.channel.a, scale, dx, dy);
+        constexpr bool strict = reader != Reader::Query || EXCLUSIVE;
+        constexpr bool shift = reader == Reader::Query ? EXCLUSIVE : reader == Reader::Eraser;
+        channel_pair_grads<strict, shift>(n, A, x, y, f.channel.a, scale, dx, dy);
     } else {
-        const float* D = of_queries ? f.scalar.D : f.scalar.among();
+        const float* D = reader == Reader::Query ? f.scalar.D
+                         : reader == Reader::Key ? f.scalar.among()
+                                                 : f.scalar.E;
         for (int i = 0; i < n; ++i)
             for (int j = 0; j <= i; j += LANES) {
                 float* p = A + i * CP + j;
