@@ -6,7 +6,7 @@ apart from the divisibility by 16 that strides and lengths usually have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,19 @@ class Row:
         return found.problem(self.target, self.kernel not in PLAIN)
 
 
-def rows() -> Iterator[Row]:
-    """All kernels of all shipped calls on all targets, each once per call."""
+def rows(keys: Collection[str] | None = None) -> Iterator[Row]:
+    """Kernels of the shipped calls on all targets, each once per call: all, or those of `keys`."""
+    calls = None if keys is None else {tuple(key.split("/")[:2]) for key in keys}
+    for row in _rows(calls):
+        if keys is None or row.key in keys:
+            yield row
+
+
+def _rows(calls: set[tuple[str, ...]] | None) -> Iterator[Row]:
     for dim in DIMS:
         for case, plan in cases(dim).items():
+            if calls is not None and (case, str(dim)) not in calls:
+                continue
             for target in TARGETS:
                 seen: set[str] = set()
                 for launch in planned(lambda run, p=plan, t=target: p(run, t)):  # type: ignore[misc]

@@ -91,7 +91,7 @@ _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
         ),
         "queries_and_keys": (
             ("gfx942", 256, Config()),
-            ("sm_80", 256, Config(keys=32, values=32)),
+            ("sm_80", 256, Config(keys=32, warps=8)),
             ("*", 256, Config(warps=8)),
         ),
         "attend_queries": (
