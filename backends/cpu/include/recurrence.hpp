@@ -1,4 +1,4 @@
-// Common part of the recurrence kernels: arguments, buffers, decay inside a chunk, triangular products.
+// Shared by the recurrence kernels: arguments, decay inside a chunk, triangular products.
 //
 // Constants of the unit: DK, DV, DECAY, CORRECTION, EXCLUSIVE, BONUS, ONES, CAUSAL, CHUNK, SCALE
 // and the type T of q, k, v and the output. Everything else is float; a running sum of g is kept
@@ -194,7 +194,8 @@ struct ScalarDecay {
             store(after + j, exp_neg(apart(n, j)));
             store(upto + j, exp_neg(load(high + 1 + j) + load(low + 1 + j)));
             if (CORRECTION == UNTIED) store(before + j, exp_neg(load(high + j) + load(low + j)));
-            store(read + j, exp_neg(load(high + 1 + j - EXCLUSIVE) + load(low + 1 + j - EXCLUSIVE)));
+            const int r = j + 1 - EXCLUSIVE;
+            store(read + j, exp_neg(load(high + r) + load(low + r)));
         }
         whole = upto[n - 1];
         for (int i = 0; i < n; ++i)
@@ -278,7 +279,7 @@ static void channel_lower(int n, const float* x, const float* y, const float* a,
         }
 }
 
-// X = (1 + M)^-1 X in place, M strictly lower triangular: blocks of rows, the last step in registers.
+// X = (1 + M)^-1 X in place, M strictly lower triangular: blocks of rows, the last step in them.
 template <int DP> static void solve_lower(int n, const float* M, float* X) {
     constexpr int B = 8;
     for (int r = 0; r < n; r += B) {

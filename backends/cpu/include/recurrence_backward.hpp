@@ -34,7 +34,8 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
     weigh(s, n, s.k, s.kt);
     scaled_rows<Side::Read>(s, n, s.q, b.qd);
     for (int i = 0; i < n * DKP; i += LANES) store(b.qd + i, load(b.qd + i) * SCALE);
-    lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X, [](int, int, vf sum) INLINE_LAMBDA { return sum; });
+    lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X,
+                         [](int, int, vf sum) INLINE_LAMBDA { return sum; });
     float* seen = b.t;
     product<DKP>(n, DV, b.go, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(seen + m * DKP + c, sum);
@@ -44,7 +45,8 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
         for (int i = 0; i < n; ++i) {
             vf sum{};
             for (int c = 0; c < DK; c += LANES)
-                sum += load(s.q + i * DKP + c) * load(s.k + i * DKP + c) * load_upto(bonus + c, DK - c);
+                sum += load(s.q + i * DKP + c) * load(s.k + i * DKP + c) *
+                       load_upto(bonus + c, DK - c);
             near[i] = SCALE * sum_lanes(sum);
             dnear[i] = dot<DVP>(b.go + i * DVP, s.v + i * DVP);
         }
@@ -79,7 +81,8 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
     pair_grads<Reader::Query>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
     if constexpr (CORRECTION == UNTIED) {
         weigh(s, n, s.b, s.bt);
-        lower<DV, EXCLUSIVE>(n, b.go, DVP, b.ut, b.X, [](int, int, vf x) INLINE_LAMBDA { return x; });
+        auto same = [](int, int, vf x) INLINE_LAMBDA { return x; };
+        lower<DV, EXCLUSIVE>(n, b.go, DVP, b.ut, b.X, same);
         add_upper<DVP>(n, s.P, b.go, DVP, b.du, DVP);
         pair_grads<Reader::Query>(s, n, b.X, s.q, s.b, SCALE, b.dq, b.dadd);
     }

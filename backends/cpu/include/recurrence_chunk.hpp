@@ -116,7 +116,8 @@ static void correct_chunk(Scratch& s, const Chunk& c, const Strides& st, View k,
     if constexpr (DECAY == CHANNEL) {
         channel_lower<true, false>(n, s.k, s.k, s.channel.a, 1.0f, s.M);
         for (int i = 0; i < n; ++i)
-            for (int j = 0; j < n; j += LANES) store(s.M + i * CP + j, b[i] * load(s.M + i * CP + j));
+            for (int j = 0; j < n; j += LANES)
+                store(s.M + i * CP + j, b[i] * load(s.M + i * CP + j));
         const float* f = s.channel.upto + DKP;
         for (int i = 0; i < n * DKP; i += LANES) store(s.kd + i, load(s.k + i) * load(f + i));
         ks = s.kd;
@@ -256,13 +257,15 @@ static void take_state(Scratch& s, const float* p) {
     memset(s.z, 0, sizeof s.z);
     if (!p) return;
     for (int d = 0; d < DK; ++d) {
-        for (int c = 0; c < DVP; c += LANES) store(s.S + d * DVP + c, load_upto(p + d * W + c, DV - c));
+        for (int c = 0; c < DVP; c += LANES)
+            store(s.S + d * DVP + c, load_upto(p + d * W + c, DV - c));
         if constexpr (ONES) s.z[d] = p[d * W + DV];
     }
 }
 static void give_state(const Scratch& s, float* p) {
     for (int d = 0; d < DK; ++d) {
-        for (int c = 0; c < DVP; c += LANES) store_upto(p + d * W + c, load(s.S + d * DVP + c), DV - c);
+        for (int c = 0; c < DVP; c += LANES)
+            store_upto(p + d * W + c, load(s.S + d * DVP + c), DV - c);
         if constexpr (ONES) p[d * W + DV] = s.z[d];
     }
 }

@@ -1,4 +1,4 @@
-// The recurrence token by token: for a few tokens, and for kinds without a chunked form.
+// The recurrence token by token, for one or a few tokens.
 //
 // Columns of the state are independent, so a panel of them is carried through the rows: one pass
 // reads what a correction needs of the old state, one writes the new state and reads it for the
