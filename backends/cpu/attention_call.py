@@ -36,13 +36,14 @@ class Call:
             _interleaved(self.v) if kernel.pairs else _rows(self.v, False),
         )
 
-    def fields(self, out: Tensor, lse: Tensor) -> array[int]:
+    def fields(self, out: Tensor, lse: Tensor, top: Tensor | None = None) -> array[int]:
         """The struct `Call`: its fields in their order."""
         s, k, v = self.plan, *self.ready
         cu, lists = self.lengths[1], self.lengths[2]
         bias = (0, 0, 0) if self.bias is None else _broadcast_strides(self.bias)
         return _pack(
             *(t.data_ptr() for t in (self.q, self.k, self.v, out, lse)),
+            _pointer(top),
             *(_pointer(t) for t in (*self.hooks, self.bias, *self.lengths)),
             *(t.data_ptr() for t in (s.starts, s.blocks, s.full)),
             address(self.tables),

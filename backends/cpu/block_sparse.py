@@ -33,12 +33,16 @@ def decline(spec: BlockSparse, dtype: torch.dtype, needs_grad: bool) -> str | No
     return None
 
 
-def forward(spec: BlockSparse, x: BlockSparseInputs) -> tuple[Tensor, Tensor]:
+def forward(
+    spec: BlockSparse, x: BlockSparseInputs, top: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the keys the predicate allows.
 
     Args:
         spec: what to compute.
         x: tensors on the CPU, q, k, v of one dtype, float32 or bfloat16, with any strides.
+        top: (B, H, M) float32, contiguous; receives the largest score of every row, -inf where it
+            sees nothing.
 
     Returns:
         out (B, H, M, Dv) in the dtype of v and the log-sum-exp (B, H, M) float32, contiguous; 0 and
@@ -52,9 +56,11 @@ def forward(spec: BlockSparse, x: BlockSparseInputs) -> tuple[Tensor, Tensor]:
     out = torch.empty((B, H, M, spec.value_dim), dtype=x.v.dtype)
     lse = torch.empty((B, H, M), dtype=torch.float32)
     if min(x.q.numel(), x.k.numel()) == 0:
+        if top is not None:
+            top.fill_(-torch.inf)
         return _nothing(spec, x, out, lse)
     call = Call(spec, x, kernel)
-    inputs = call.fields(out, lse)
+    inputs = call.fields(out, lse, top)
     run(address(inputs), spec.scale, spec.softcap or 1.0)
     return out, lse
 

@@ -25,6 +25,7 @@ struct Call {
     const io_t *q, *k, *v;
     io_t* out;
     float* lse;
+    float* top;  // the largest score of every row, or null
     const float *sinks, *slopes, *temperature;
     const bias_t* bias;
     const int32_t *key_lengths, *cu_seqlens, *lists;

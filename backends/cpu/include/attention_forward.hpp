@@ -160,7 +160,7 @@ static inline void write_out(const Call& c, const Task& t, State& x) {
     for (int p = 0; p * PANEL < t.rows; ++p) {
         int n = (int)(t.rows - p * PANEL < PANEL ? t.rows - p * PANEL : PANEL);
         long row = (t.b * c.H + t.h) * c.M + t.row + p * PANEL;
-        alignas(64) float lse[PANEL];
+        alignas(64) float lse[PANEL], top[PANEL];
         UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
             vf l = x.l[p][v], m = x.m[p][v];
             vf inverse = SIGMOID ? splat(1.0f) : select(l == 0.0f, vf{}, 1.0f / l);
@@ -169,8 +169,11 @@ static inline void write_out(const Call& c, const Task& t, State& x) {
             vf sum = select(l == 0.0f, splat(-INF), m + (log2_(l) - rest_of(m)) * LN2);
             sum = select(l == l, sum, l);
             store(lse + v * LANES, SIGMOID ? vf{} : sum);
+            store(top + v * LANES, m);
         }
         for (int r = 0; r < n; ++r) c.lse[row + r] = lse[r];
+        if (c.top)
+            for (int r = 0; r < n; ++r) c.top[row + r] = top[r];
         transpose_out(n, DV, x.O[p][0], (long)PANEL, c.out + row * DV, (long)DV);
     }
 }
