@@ -44,8 +44,13 @@ class Query:
 class Backend(Protocol):
     """A set of kernels. Higher `priority` is asked first; the reference has priority 0."""
 
-    name: str
-    priority: int
+    @property
+    def name(self) -> str:
+        """As reports show it."""
+
+    @property
+    def priority(self) -> int:
+        """Higher is asked first."""
 
     def decline(self, query: Query) -> str | None:
         """Why it cannot serve the query, as one sentence, or None if it can."""

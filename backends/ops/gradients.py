@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ def gradients_of(
         return tuple(every[i] for i in wanted)
 
     primals = tuple(given[n].detach() for n in names)
-    values, pull = torch.func.vjp(outputs, *primals)
+    pulled: tuple[Any, ...] = torch.func.vjp(outputs, *primals)
+    values, pull = pulled
     cotangents = tuple(
         grad.to(value.dtype)
         for grad, value in zip((g for g in grads if g is not None), values, strict=True)

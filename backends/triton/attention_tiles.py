@@ -12,6 +12,7 @@ from rewriter.backends.triton.targets import Config, config
 def tile_of(call: AttentionCall, kernel: str) -> Config:
     """Tile sizes; a run-time block is a whole number of tiles."""
     spec = call.spec
+    kernel = "listed_keys" if call.listed and kernel == "attend_keys" else kernel
     four = call.x.v.dtype == torch.float32
     chosen = config(kernel, call.target, max(spec.key_dim, spec.value_dim), four)
     if not call.listed:

@@ -71,16 +71,27 @@ class Config:
 CHUNK = 64  # tokens of a chunk, everywhere: chunk states are laid out by it
 
 _DEFAULT = Config()
+_KEY_GRADIENTS = (
+    ("*", 64, Config(rows=32, keys=64, warps=4)),
+    ("gfx942", 128, Config(rows=32, keys=64, warps=4, stages=1)),
+    ("sm_80", 128, Config(rows=64, keys=64, warps=8)),
+    ("*", 128, Config(rows=32, keys=64, warps=8)),
+    ("gfx942", 256, Config(rows=16, keys=32, warps=8, stages=1)),
+    ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
+)
 # (kernel, target or '*', largest head dim it serves), the first that fits is taken.
 _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
     {
         "delta_states": (
             ("*", 64, Config(values=64)),
+            ("gfx942", 128, Config(values=32, stages=1)),
             ("*", 128, Config(values=32)),
             ("*", 256, Config(values=16, stages=1)),
         ),
         "delta_backstates": (
-            ("*", 128, Config(values=32)),
+            ("*", 64, Config(values=32)),
+            ("gfx942", 128, Config(values=32)),
+            ("*", 128, Config(values=16)),
             ("*", 256, Config(values=16, stages=1)),
         ),
         "unsolve": (("gfx942", 256, Config()), ("*", 256, Config(keys=32, values=32, warps=8))),
@@ -91,26 +102,21 @@ _TABLE: Mapping[str, tuple[tuple[str, int, Config], ...]] = MappingProxyType(
         ),
         "queries_and_keys": (
             ("gfx942", 256, Config()),
-            ("sm_80", 256, Config(keys=32, warps=8)),
+            ("sm_80", 128, Config(keys=32, warps=8)),
+            ("sm_80", 256, Config(keys=32, values=32, warps=8)),
             ("*", 256, Config(warps=8)),
         ),
         "attend_queries": (
             ("sm_80", 64, Config(rows=64, keys=32, warps=4)),
             ("*", 64, Config(rows=64, keys=64, warps=4)),
             ("gfx942", 128, Config(rows=64, keys=32, warps=4, stages=1)),
+            ("sm_90", 128, Config(rows=64, keys=32, warps=8)),
             ("*", 128, Config(rows=64, keys=64, warps=8)),
             ("gfx942", 256, Config(rows=32, keys=32, warps=4, stages=1)),
             ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
         ),
-        "attend_keys": (
-            ("sm_80", 64, Config(rows=64, keys=32, warps=4)),
-            ("*", 64, Config(rows=32, keys=64, warps=4)),
-            ("gfx942", 128, Config(rows=32, keys=64, warps=4, stages=1)),
-            ("sm_80", 128, Config(rows=64, keys=64, warps=8)),
-            ("*", 128, Config(rows=32, keys=64, warps=8)),
-            ("gfx942", 256, Config(rows=16, keys=32, warps=8, stages=1)),
-            ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
-        ),
+        "attend_keys": (("sm_80", 64, Config(rows=64, keys=32, warps=4)), *_KEY_GRADIENTS),
+        "listed_keys": (("sm_80", 64, Config(32, 32, warps=8, stages=1)), *_KEY_GRADIENTS),
         "attend": (
             ("gfx942", 64, Config(rows=64, keys=64, warps=4, stages=1)),
             ("*", 64, Config(rows=64, keys=64, warps=4)),

@@ -121,7 +121,8 @@ def cache_step(s: Setting, compiled: bool) -> Prepared:
 
     def eager() -> Tensor:
         scores = (grouped @ k.transpose(-1, -2)).float() * s.width**-0.5
-        return scores.softmax(-1).to(s.dtype) @ v
+        out: Tensor = scores.softmax(-1).to(s.dtype) @ v
+        return out
 
     def sdpa() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=s.heads != s.kv_heads)
@@ -253,8 +254,9 @@ def _flex(s: Setting, q: Tensor, k: Tensor, v: Tensor) -> Run:
     mask = create_block_mask(allowed, None, None, s.length, s.length, device="cpu")
     fast = torch.compile(flex_attention, dynamic=False)
 
-    def run(*tensors: Tensor) -> Tensor:
-        out: Tensor = fast(*tensors, block_mask=mask, enable_gqa=s.heads != s.kv_heads)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = fast(q, k, v, block_mask=mask, enable_gqa=s.heads != s.kv_heads)
+        assert isinstance(out, Tensor)
         return out
 
     return _timed(s, run, q, k, v)

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from rewriter.bench.run import OURS, Point, Table
-from rewriter.cli.tables import table
+from rewriter.cli.tables import Column, table
 
 
 def bench_view(measured: Table) -> Iterator[RenderableType]:
@@ -21,7 +21,7 @@ def bench_view(measured: Table) -> Iterator[RenderableType]:
             f"{limits.gbytes:.1f} GB/s read"
         )
     rows = [_row(p, measured.share_of_peak(p)) for p in measured.points]
-    columns = (
+    columns: tuple[Column, ...] = (
         "kernel",
         ("tokens", "right"),
         ("ours", "right"),

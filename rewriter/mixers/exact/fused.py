@@ -22,14 +22,14 @@ from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.base import MixerInfo, MixerOptions, Terms
-from rewriter.mixers.exact.keep import Keep
+from rewriter.mixers.exact.keep import Keep, KeepOptions
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Masks that mean the same when queries and keys move by the same distance.
 _RELATIVE = (Causal, Window, SymmetricWindow, KeyPadding)
 
 
-class FusedOptions(MixerOptions):
+class FusedOptions(KeepOptions):
     """No options."""
 
 
