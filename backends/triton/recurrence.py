@@ -37,12 +37,15 @@ def decline(spec: Recurrence, dtype: torch.dtype, needs_grad: bool) -> str | Non
         return f"Triton kernels compute in float32, float16 and bfloat16, not {dtype}"
     if max(spec.key_dim, spec.value_dim) > 256:
         return "head dims above 256 do not fit the registers of one program"
-    if spec.correction == "delta" and max(spec.key_dim, spec.value_dim) > 128:
-        return "above 128 key channels the state of a delta rule does not fit one program"
+    wide = max(spec.key_dim, spec.value_dim) > 128
+    if spec.correction == "delta" and wide:
+        return "above head dim 128 the state of a delta rule does not fit one program"
     if spec.normaliser == "max":
         return "the max-stabilised normaliser has no Triton kernel yet"
     if not spec.causal and spec.decay != "none" and spec.normaliser != "none":
         return "a bidirectional decay with a normaliser has no Triton kernel yet"
+    if needs_grad and spec.decay == "channel" and wide:
+        return "the backward pass of a decay per channel spills registers above head dim 128"
     if needs_grad and _unchunked(spec):
         return "an untied correction, or a delta rule with a bonus, has no Triton backward pass yet"
     return None

@@ -76,7 +76,7 @@ _KEY_GRADIENTS = (
     ("gfx942", 128, Config(rows=32, keys=64, warps=4, stages=1)),
     ("sm_80", 128, Config(rows=64, keys=64, warps=8)),
     ("*", 128, Config(rows=32, keys=64, warps=8)),
-    ("gfx942", 256, Config(rows=16, keys=32, warps=8, stages=1)),
+    ("gfx942", 256, Config(rows=16, keys=16, warps=8, stages=1)),
     ("*", 256, Config(rows=32, keys=32, warps=8, stages=1)),
 )
 # (kernel, target or '*', largest head dim it serves), the first that fits is taken.
