@@ -6,6 +6,7 @@ kernel, since dispatching an operator costs more than a decode step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -46,6 +47,14 @@ def raw_kernels(backend: str, family: Family) -> Any:
     return kernels
 
 
+@lru_cache(maxsize=256)
+def bound_step(backend: str, spec: Recurrence, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """A step kernel without the cost of a general call, where the backend has one."""
+    make = getattr(raw_kernels(backend, "recurrence"), "stepper", None)
+    step = make(spec, dtype) if make is not None and spec.causal else None
+    return step if callable(step) else None
+
+
 def recurrence(
     backend: str,
     spec: Recurrence,
@@ -68,7 +77,8 @@ def recurrence(
 
     `text` and `padded` are the spec as text, without and with padding.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.dtype != v.dtype or k.dtype != v.dtype:
+        q, k = q.to(v.dtype), k.to(v.dtype)
     if valid is not None:
         pad = ~valid[:, None, :]
         k, v = k.masked_fill(pad[..., None], 0), v.masked_fill(pad[..., None], 0)
@@ -87,6 +97,12 @@ def recurrence(
             add = add.masked_fill(pad[..., None], 0)
     start = None if state is None else state["S"]
     if backend in GENERATED and unwatched(q, k, v, decay, beta, erase, add, bonus, start):
+        step = bound_step(backend, spec, v.dtype) if q.shape[2] == 1 else None
+        if step is not None and all(
+            t is None or t.dtype == torch.float32 for t in (decay, beta, erase, add, bonus, start)
+        ):
+            out, end = step(q, k, v, decay, beta, erase, add, bonus, start, cu_seqlens)
+            return out, None if state is None else {"S": end}
         x = RecurrenceInputs(q, k, v, decay, beta, erase, add, bonus, cu_seqlens, start)
         out, end = raw_kernels(backend, "recurrence").forward(spec, x)
         return out, None if state is None else {"S": end}
