@@ -24,6 +24,7 @@ from rewriter.passes.realise.cache_probe import new_cache
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 POLICIES: dict[str, Any] = {
+    "exact": "exact",
     "sink_window 256+4": "sink-window",
     "hedgehog_window 64+4": {"rules": [{"use": "hedgehog_window"}]},
     "hedgehog": "hedgehog",

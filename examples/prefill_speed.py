@@ -61,6 +61,7 @@ def main() -> None:
         runs[name] = lambda tokens: timed(model, tokens, backends)
 
     add("original (SDPA)", source.model, None)
+    add("exact", rewriter.rewrite(source.model, "exact", verify="none"), None)
     for name, policy in POLICIES.items():
         model = rewriter.rewrite(source.model, policy, verify="none")
         add(f"{name}, plain torch", model, "reference")

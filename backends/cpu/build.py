@@ -14,7 +14,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 import uuid
 import warnings
@@ -22,9 +21,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from rewriter.backends.cache import VARIABLE, cache_directory, temporary_directory
 from rewriter.backends.cpu.target import Target
 
-VARIABLE = "ATTENTION_REWRITER_CACHE"
 FORMAT = "1"  # of the cache; raise it when the meaning of its files changes
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
@@ -69,7 +68,7 @@ def _load(unit: Unit, root: str | None, cxx: str | None) -> ctypes.CDLL | NoKern
     compiler = find_compiler(cxx)
     if isinstance(compiler, NoKernel):
         return compiler
-    path = built(unit, compiler, directory(root))
+    path = built(unit, compiler, cache_directory("cpu"))
     if isinstance(path, NoKernel):
         return path
     try:
@@ -103,38 +102,6 @@ def _probe(cxx: str | None, path: str | None) -> Compiler | NoKernel:
     return NoKernel(reason)
 
 
-def directory(root: str | None) -> Path:
-    """Where compiled units are kept: writable, or a temporary directory after one warning."""
-    chosen = Path(root).expanduser() if root else _user_cache() / "attention_rewriter"
-    return _writable(chosen / "cpu")
-
-
-def _user_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home) if home else Path("~/.cache").expanduser()
-
-
-def _writable(wanted: Path) -> Path:
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=wanted) as probe:
-            probe.write(b"\0" * 4096)
-    except OSError as error:
-        return _temporary(wanted, error.strerror or str(error))
-    return wanted
-
-
-@lru_cache(maxsize=16)
-def _temporary(wanted: Path, why: str) -> Path:
-    warnings.warn(
-        f"compiled kernels cannot be kept in {wanted} ({why}); they go to a temporary directory "
-        f"and every process compiles them anew. Set ${VARIABLE} to a writable directory.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return Path(tempfile.mkdtemp(prefix="attention_rewriter-cpu-"))
-
-
 def key(unit: Unit, compiler: Compiler) -> str:
     """Name of a unit in the cache."""
     parts = (FORMAT, compiler.version, *compiler.command, *FLAGS, *unit.target.flags)
@@ -149,7 +116,7 @@ def built(unit: Unit, compiler: Compiler, where: Path) -> Path | NoKernel:
         return path
     problem = _compile(unit, compiler, path)
     if isinstance(problem, OSError):
-        path = _temporary(where, problem.strerror or str(problem)) / path.name
+        path = temporary_directory(where, problem.strerror or str(problem)) / path.name
         problem = None if intact(path) else _compile(unit, compiler, path)
     if problem is not None:
         reason = problem.reason if isinstance(problem, NoKernel) else str(problem)
