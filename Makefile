@@ -33,8 +33,9 @@ demo: assets ## convert, distil and judge real checkpoints; prints every table
 demo-encoder: assets ## the same on a real sentence encoder
 	$(BIN)/python examples/demo_encoder.py --assets $(ASSETS) --out out/demo-encoder
 
+# One thread a worker: two workers that wait for two threads each would wait for one another.
 test: lint types assets ## linters, types and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Tests of one case of the zoo share its trace, tests of one file share its fixtures; spread over
     the workers each of them would make these again. Tests of kernels share nothing.
     """
+    # The longest chain first, so that it does not run alone at the end.
+    items.sort(key=lambda item: item.path.parent.name not in ("real", "api"))
     for item in items:
         alone = item.path.parent.name in ("backends", "ir")
         if not alone and item.get_closest_marker("xdist_group") is None:

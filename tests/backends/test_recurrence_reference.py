@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +29,21 @@ ALL = specs(5, 3)
 CAUSAL = [s for s in ALL if s.causal]
 
 
-def run(spec: Recurrence, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
-    return recurrence(spec, call.q, call.k, call.v, **call.keywords(), state=call.state)
-
-
 def name(spec: Recurrence) -> str:
     parts = [spec.decay, spec.correction, spec.read, spec.normaliser]
     return "-".join([*parts, *(["bonus"] * spec.bonus), *(["both"] * (not spec.causal))])
+
+
+def some(chosen: list[Recurrence], start: int) -> list[Any]:
+    """All variants at night, every third by day: another third in each test."""
+    return [
+        pytest.param(s, id=name(s), marks=[] if i % 3 == start else [pytest.mark.nightly])
+        for i, s in enumerate(chosen)
+    ]
+
+
+def run(spec: Recurrence, call: Call) -> tuple[Tensor, dict[str, Tensor] | None]:
+    return recurrence(spec, call.q, call.k, call.v, **call.keywords(), state=call.state)
 
 
 def close(mine: Tensor, theirs: Tensor, bound: float) -> None:
@@ -65,7 +74,7 @@ def test_every_variant_equals_its_definition(spec: Recurrence) -> None:
         close(run(spec, call)[0], expected, 1e-4 if spec.normaliser == "max" else 1e-5)
 
 
-@pytest.mark.parametrize("spec", CAUSAL, ids=name)
+@pytest.mark.parametrize("spec", some(CAUSAL, 0))
 def test_states_are_handed_over_at_any_split(spec: Recurrence) -> None:
     call = holes(call_of(spec, 140, batch=1, state=True)).double()
     out, end = run(spec, call)
@@ -93,7 +102,7 @@ def test_any_length(spec: Recurrence, n: int, seed: int, group: int) -> None:
     close(out, token_loop(spec, call)[0], 1e-7)
 
 
-@pytest.mark.parametrize("spec", [s for s in CAUSAL if s.decay != "none"], ids=name)
+@pytest.mark.parametrize("spec", some([s for s in CAUSAL if s.decay != "none"], 1))
 @pytest.mark.parametrize("gates", ["inf", "huge", "zero", "mixed"])
 def test_extreme_gates(spec: Recurrence, gates: str) -> None:
     call = call_of(spec, 90, batch=1, kv_heads=2, group=1)
@@ -117,7 +126,7 @@ def test_extreme_gates(spec: Recurrence, gates: str) -> None:
     assert bool(given_steps.grad.isfinite().all()) and bool(q.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("spec", ALL, ids=name)
+@pytest.mark.parametrize("spec", some(ALL, 2))
 def test_gradcheck(spec: Recurrence) -> None:
     call = call_of(spec, 6, batch=1, kv_heads=1, state=spec.causal).double()
     names = list(call.tensors())
@@ -134,7 +143,7 @@ def test_gradcheck(spec: Recurrence) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("spec", CAUSAL, ids=name)
+@pytest.mark.parametrize("spec", some(CAUSAL, 1))
 def test_packed_sequences_equal_separate_ones(spec: Recurrence) -> None:
     starts = [0, 7, 7, 20, 90]
     call = call_of(spec, 90, batch=1)

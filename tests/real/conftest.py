@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rewriter.api import Inspection, inspect
 from rewriter.checkpoint import open_checkpoint
@@ -24,14 +23,6 @@ def asset(name: str, pattern: str) -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return found[0]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
