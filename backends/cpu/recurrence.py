@@ -6,6 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,11 +157,17 @@ def backward(
 
 
 def _global_backward(spec: Recurrence, x: RecurrenceInputs, grad_out: Tensor) -> RecurrenceGrads:
-    """A few large products, which the reference states as well as a kernel would."""
-    with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
-        out, _ = reference(spec, q, k, v, cu_seqlens=x.cu_seqlens)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad_out)
+    """A few large products, which the reference states as well as a kernel would.
+
+    `vjp` brings a tape of its own: inside an operator autograd records nothing.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference(spec, q, k, v, cu_seqlens=x.cu_seqlens)[0]
+
+    pulled: tuple[Any, ...] = torch.func.vjp(run, x.q.detach(), x.k.detach(), x.v.detach())
+    out, pull = pulled
+    dq, dk, dv = pull(grad_out.to(out.dtype))
     start = None if x.start is None else torch.zeros_like(x.start)
     return RecurrenceGrads(dq, dk, dv, start=start)
 

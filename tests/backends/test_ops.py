@@ -26,6 +26,7 @@ BACKENDS = ("reference", "cpu")
 WIDTH = 16
 LINEAR = Recurrence(WIDTH, WIDTH, normaliser="ones")
 SSD = Recurrence(WIDTH, WIDTH, decay="token")
+GLOBAL = Recurrence(WIDTH, WIDTH, normaliser="ones", causal=False)
 WINDOW = BlockSparse(WIDTH, WIDTH, 0.25, causal_window(7, 2))
 
 
@@ -77,7 +78,7 @@ def test_decode_passes_opcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("spec", [LINEAR, SSD, WINDOW])
+@pytest.mark.parametrize("spec", [LINEAR, SSD, GLOBAL, WINDOW])
 def test_gradients_are_those_of_the_reference(spec: Any, backend: str) -> None:
     """Through the registry's call, with padding, against the reference in float64."""
     query = Query(spec, "cpu", torch.float64, True)
