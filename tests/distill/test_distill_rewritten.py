@@ -16,6 +16,8 @@ from rewriter.distill.copies import core_names, rewritten_owners
 from rewriter.distill.lora import site_projections
 from rewriter.evaluate import kl_to_teacher, without_branch
 
+pytestmark = pytest.mark.usefixtures("generated_kernels")
+
 POLICY = {
     "name": "test",
     "rules": [{"use": "hedgehog_window", "options": {"window": 4, "sinks": 1}}],
