@@ -71,12 +71,14 @@ def window(
     if text is None or not isinstance(form, BlockSparse):
         return window_attention(spec, q, k, v, valid=valid, bias=bias, state=state)
     out, _ = block_sparse(backend, form, text, q, k, v)
-    if state is None:
-        return out, None
-    context = Context(
-        *context_of(spec, k, v, None, state), gather_sinks(spec.sinks, k, v, None, state)
-    )
-    return out, next_state(spec, context, state, n)
+    return out, None if state is None else _after(spec, k, v, state)
+
+
+def _after(spec: WindowAttention, k: Tensor, v: Tensor, state: State) -> State:
+    """The near state after these keys and values, none of them padding."""
+    sinks = gather_sinks(spec.sinks, k, v, None, state)
+    context = Context(*context_of(spec, k, v, None, state), sinks)
+    return next_state(spec, context, state, k.shape[-2])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -162,7 +164,4 @@ def joint(
     mixed = (mass[..., :-1] / mass[..., -1:]).to(v.dtype)
     if state is None or end is None:
         return mixed, None
-    context = Context(
-        *context_of(_near(spec), k, v, None, state), gather_sinks(spec.sinks, k, v, None, state)
-    )
-    return mixed, {**next_state(_near(spec), context, state, n), "far": end["S"]}
+    return mixed, {**_after(_near(spec), k, v, state), "far": end["S"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,16 +40,6 @@ def decode(
 
 
 @decode.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    pages: Tensor | None,
-    index: Tensor | None,
-    sinks: Tensor | None,
-    spec: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, H, n, _ = q.shape
     return v.new_empty((B, H, n, v.shape[-1])), v.new_empty((B, H, n), dtype=torch.float32)

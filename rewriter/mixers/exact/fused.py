@@ -44,7 +44,6 @@ class Fused(Keep):
         directions=frozenset({"causal", "bidirectional"}),
     )
     Options = FusedOptions
-    provides_weights = True
 
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
