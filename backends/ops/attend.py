@@ -40,6 +40,6 @@ def decode(
 
 
 @decode.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, H, n, _ = q.shape
     return v.new_empty((B, H, n, v.shape[-1])), v.new_empty((B, H, n), dtype=torch.float32)

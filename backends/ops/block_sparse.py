@@ -53,7 +53,7 @@ def block_sparse(
 
 
 @block_sparse.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, H, M, _ = q.shape
     return v.new_empty((B, H, M, v.shape[-1])), v.new_empty((B, H, M), dtype=torch.float32)
 
