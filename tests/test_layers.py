@@ -30,6 +30,7 @@ ORDER = (
         "rewriter.checkpoint",
         "rewriter.evaluate",
     ),
+    ("rewriter.planner",),
     ("rewriter.api",),
     ("rewriter.cli", "rewriter.__main__"),
 )

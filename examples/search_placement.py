@@ -1,0 +1,85 @@
+"""Which layers of SmolLM2 need full attention? Found by the tool, without training.
+
+    python examples/search_placement.py --assets assets
+
+Eight of thirty layers may keep full attention, the others get a window of 64 and 4 sinks. The
+search minimises the loss on text and on repeats of text long past; the result is judged on another
+part of the text and with longer repeats, beside full attention and a uniform placement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import rewriter
+from rewriter.bench.machine import this_machine
+from rewriter.checkpoint import open_checkpoint
+from rewriter.cli.show_quality import quality_view
+from rewriter.distill.data import packed_corpus
+from rewriter.evaluate import QualityReport, SuiteOptions, measure
+from rewriter.planner import Candidate, Objective, Probes, SearchOptions, open_space, search
+
+TEXT = Path(__file__).parent / "data" / "state_of_the_union.txt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--assets", type=Path, default=Path("assets"))
+    parser.add_argument("--full", type=int, default=8, help="layers that may stay full")
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plan", type=Path, default=Path("out/searched-plan.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    source = open_checkpoint(next((options.assets / "smollm2").glob("*.gguf")), dtype="float32")
+    corpus = packed_corpus(TEXT, source.tokenizer, 1024, 0.1)
+    window = {"window": options.window, "sinks": 4}
+    sites = rewriter.inspect(source.model).sites
+    space = open_space(
+        source.model, sites, [Candidate("sink_window", window), Candidate("keep", {}, 1.0)]
+    )
+    objective = Objective(corpus.train.ids.flatten(), Probes())
+    began = time.perf_counter()
+    result = search(
+        space,
+        objective,
+        float(options.full),
+        SearchOptions(options.steps, options.trials, options.draws),
+        note=console.print,
+    )
+    minutes = (time.perf_counter() - began) / 60
+    options.plan.parent.mkdir(parents=True, exist_ok=True)
+    result.plan.save(options.plan)
+    kept = [d.index for d in result.plan.decisions if d.target == "keep"]
+    console.print(
+        f"{this_machine().describe()}: searched {minutes:.1f} minutes, "
+        f"{len(result.measured)} assignments measured; full attention at {kept}"
+    )
+    uniform = [0] * len(space.sites)
+    for n in range(options.full):
+        uniform[n * len(uniform) // options.full] = 1
+    suite = SuiteOptions(rows=4, copy_samples=6, metrics=("perplexity", "copy"))
+    held_out = corpus.held_out.ids
+    columns = {"full attention": measure(source.model, source.tokenizer, held_out, options=suite)}
+    placements = {
+        "uniform": uniform,
+        "rounded": result.relaxed.picks,
+        "searched": result.best.picks,
+    }
+    for name, picks in placements.items():
+        space.use(picks)
+        columns[name] = measure(space.model, source.tokenizer, held_out, options=suite)
+    console.print(*quality_view(QualityReport(columns)))
+
+
+if __name__ == "__main__":
+    main()
