@@ -1,0 +1,128 @@
+"""Which code is faster for a linear layer on this machine: measured once, remembered on disk.
+
+A decision holds for a dtype, the sizes of the weight, a range of row counts and a number of
+threads. It is taken the first time such a call is made, on a slice of the weight that costs a
+fraction of a second, and kept in the user's cache directory. Generated code is chosen only where
+it gives the same values and was faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewriter.backends.cache import VARIABLE as CACHE
+from rewriter.backends.cache import cache_directory
+from rewriter.backends.cpu import linear as generated
+from rewriter.backends.cpu.target import host_target
+
+Winner = Literal["generated", "stock"]
+ONLY = "ATTENTION_REWRITER_BACKENDS"
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # upper ends of the ranges; then one without end
+_WORK = 2e8  # operations of one timed call
+_RUNS = 5
+_MARGIN = 0.98  # share of the stock time that generated code has to stay under
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Winner:
+    """Which code serves F.linear(x, weight, bias): CPU tensors of one dtype that kernels know."""
+    rows = math.prod(x.shape[:-1])
+    row_range = next((top for top in ROWS if rows <= top), 2 * ROWS[-1])
+    transposed = weight.stride(1) != 1
+    threads = torch.get_num_threads()
+    where = (os.environ.get(ONLY), os.environ.get(CACHE))
+    N, K = weight.shape
+    return _linear(x.dtype, N, K, row_range, transposed, threads, where)
+
+
+@lru_cache(maxsize=4096)
+def _linear(
+    dtype: torch.dtype,
+    N: int,
+    K: int,
+    rows: int,
+    transposed: bool,
+    threads: int,
+    where: tuple[str | None, str | None],
+) -> Winner:
+    only = where[0]
+    if only is not None and "cpu" not in {name.strip() for name in only.split(",")}:
+        return "stock"
+    if min(N, K) == 0 or isinstance(generated.find(dtype), str):
+        return "stock"
+    name = f"{dtype} {N} x {K} rows {rows} transposed {transposed} threads {threads}"
+    file = cache_directory("measured") / f"{_machine()}.json"
+    known = _read(file)
+    if name not in known:
+        known = {**_read(file), name: _measure(dtype, N, K, rows, transposed)}
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):  # then it is measured again in the next process
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(file)
+    ours, theirs = known[name]
+    return "generated" if ours < _MARGIN * theirs else "stock"
+
+
+def _measure(
+    dtype: torch.dtype, N: int, K: int, rows: int, transposed: bool
+) -> tuple[float, float]:
+    """Median seconds of generated and stock code, interleaved; inf where the values differ."""
+    columns = min(N, max(128, int(_WORK / (2 * rows * K))))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, K, generator=generator).to(dtype)
+    weight = torch.randn(columns, K, generator=generator).to(dtype)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    with torch.no_grad():
+        ours, theirs = generated.forward(x, weight, None), F.linear(x, weight)
+        scale = float(theirs.abs().max())
+        if float((ours.float() - theirs.float()).abs().max()) > _TOLERANCE[dtype] * scale:
+            return float("inf"), 0.0
+        return _interleaved(lambda: generated.forward(x, weight, None), lambda: F.linear(x, weight))
+
+
+def _interleaved(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_RUNS):
+        for run, to in zip((ours, theirs), taken, strict=True):
+            start = time.perf_counter()
+            run()
+            to.append(time.perf_counter() - start)
+    return median(taken[0]), median(taken[1])
+
+
+def _read(file: Path) -> dict[str, tuple[float, float]]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """A name for processor, torch and generated code: what a time depends on."""
+    target = host_target()
+    unit = target if isinstance(target, str) else generated.unit_of(torch.float32, target)
+    source = unit if isinstance(unit, str) else unit.source
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        cpu = [x for x in lines if x.startswith(("model", "cpu family", "stepping"))]
+    except OSError:
+        cpu = [platform.processor()]
+    text = "\0".join([*cpu, torch.__version__, source])
+    return f"linear-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
