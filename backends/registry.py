@@ -109,7 +109,7 @@ def _name(spec: KernelSpec, device: str, dtype: torch.dtype, needs_grad: bool) -
 def _resolve(
     spec: KernelSpec, device: str, dtype: torch.dtype, needs_grad: bool, only: str | None
 ) -> Kernel:
-    backends, broken = installed()
+    backends, broken = _installed_once()
     backends = (*BUILT_IN, *backends)
     if only is not None:
         allowed = {name.strip() for name in only.split(",")}
@@ -129,6 +129,12 @@ def choose(
         reasons.append((backend.name, reason))
     reference = ReferenceBackend()
     return Kernel(reference.name, reference.kernel(query), tuple(reasons))
+
+
+@lru_cache(maxsize=1)
+def _installed_once() -> tuple[tuple[Backend, ...], tuple[tuple[str, str], ...]]:
+    """`installed`, kept: the search reads the metadata of every package of the environment."""
+    return installed()
 
 
 def installed() -> tuple[tuple[Backend, ...], tuple[tuple[str, str], ...]]:

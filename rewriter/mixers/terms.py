@@ -81,13 +81,15 @@ def split(
     return SplitTerms(note.valid, bias)
 
 
-def all_visible(site: AttentionSite, terms: Sequence[torch.Tensor | None], keys: int) -> bool:
-    """Whether the mask tensors of one new token hide none of its `keys` keys from any row."""
+def all_visible(
+    site: AttentionSite, terms: Sequence[torch.Tensor | None], first: int, keys: int
+) -> bool:
+    """Whether the mask tensors of one new token hide none of the keys [first, keys) of any row."""
     for index, term in enumerate(terms):
         if term is None or site.terms[index] == "none":
             continue
         allow = _part(site, index, _four(term)).allow
-        if allow is not None and not bool(allow[..., :keys].all()):
+        if allow is not None and not bool(allow[..., first:keys].all()):
             return False
     return True
 

@@ -8,7 +8,8 @@ mask, dropout in training, weights asked for, another device) runs as the graph 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import sympy
 import torch
@@ -20,6 +21,7 @@ from rewriter.ir.decode import Decode
 from rewriter.ir.mask import Causal, KeyPadding, Mask, SymmetricWindow, Window
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM
+from rewriter.kv_cache import in_place
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.base import MixerInfo, MixerOptions, Terms
 from rewriter.mixers.exact.keep import Keep, KeepOptions
@@ -61,6 +63,20 @@ class Fused(Keep):
         keys = share if size is None else sympy.Min(share, size)
         return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
 
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms = (),
+        cache: Any = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `Keep.forward`; the cache is written in place from here on."""
+        if cache is not None and self.layer is not None:
+            in_place(cache, self.layer)
+        return super().forward(q, k, v, terms, cache, need_weights)
+
     def attend(
         self,
         q: torch.Tensor,
@@ -87,15 +103,16 @@ class Fused(Keep):
             k, v = k[:, :, :keys], v[:, :, :keys]
         if keys < seen + new and not all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms):
             return None
-        lengths = self._lengths(terms, seen, new, keys, q.shape[0])
+        first = self._first_seen(new, keys)
+        lengths = self._lengths(terms, seen, new, first, keys, q.shape[0])
         if isinstance(lengths, str):
             return None
         offset = keys - new if self.site.kind == "causal" else 0
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        window = self.site.mask.window
-        if new == 1 and not grad and lengths is None and (window is None or keys <= window):
-            spec = Decode(k.shape[-1], v.shape[-1], self.site.scale, self.site.softcap)
-            kernel = resolve(spec, q.device, v.dtype)
+        if new == 1 and not grad and lengths is None and first is not None:
+            if first:
+                k, v = k[:, :, first:], v[:, :, first:]
+            kernel = resolve(self._decode, q.device, v.dtype)
         else:
             kernel = self._kernel(q, k, v, offset, grad)
         if kernel.backend == "reference":
@@ -103,6 +120,20 @@ class Fused(Keep):
         more = {} if lengths is None else {"key_lengths": lengths}
         out: torch.Tensor = kernel.run(q, k, v, **more)[0]
         return out
+
+    def _first_seen(self, new: int, keys: int) -> int | None:
+        """The first key that a single new token sees, all later ones being seen too, else None."""
+        if new != 1:
+            return None
+        window = self.site.mask.window
+        first = 0 if window is None or self.site.kind != "causal" else max(0, keys - window)
+        plain = all(isinstance(a, (Causal, Window, KeyPadding)) for a in self.site.mask.atoms)
+        return first if plain else None
+
+    @cached_property
+    def _decode(self) -> Decode:
+        heads = self.site.heads
+        return Decode(heads.key_dim, heads.value_dim, self.site.scale, self.site.softcap)
 
     def _kernel(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offset: int, grad: bool
@@ -118,7 +149,7 @@ class Fused(Keep):
         return resolve(spec, q.device, v.dtype, grad)
 
     def _lengths(
-        self, terms: Terms, seen: int, new: int, keys: int, batch: int
+        self, terms: Terms, seen: int, new: int, first: int | None, keys: int, batch: int
     ) -> torch.Tensor | str | None:
         """(B,) int32 key lengths where the padding is on the right, None without padding.
 
@@ -130,7 +161,7 @@ class Fused(Keep):
         if torch.compiler.is_compiling():
             return "the values of a mask are not known while a graph is made"
         if seen:
-            if new == 1 and site_terms.all_visible(self.site, terms, keys):
+            if new == 1 and site_terms.all_visible(self.site, terms, first or 0, keys):
                 return None
             return "earlier tokens may be padding"
         try:
