@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,7 +49,7 @@ class Clock:
     def intervals(self) -> list[float]:
         """Seconds between tokens; the first one may hold a verification and is left out."""
         marks = self.times[1:]
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in pairwise(marks)]
 
 
 def fill(model: nn.Module, tokens: torch.Tensor, cache: Any) -> None:
@@ -80,7 +81,7 @@ def main() -> None:
     caches = {name: new_cache(model) for name, model in models.items()}
     rates: dict[str, list[float]] = {name: [] for name in models}
     equal: list[bool] = []
-    sequence = {name: random[:, :0] for name in models}
+    sequence = dict.fromkeys(models, random[:, :0])
     with torch.inference_mode():
         for context in contexts:
             for name, model in models.items():

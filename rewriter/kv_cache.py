@@ -59,7 +59,7 @@ def _rounded(tokens: int) -> int:
     return -(-tokens // GRANULE) * GRANULE
 
 
-class _InPlace(DynamicLayer):  # type: ignore[misc]
+class _InPlace(DynamicLayer):
     """What both layers share; `_buffers` is None before the first token."""
 
     _buffers: _Buffers | None
@@ -221,7 +221,7 @@ class GrowingLayer(_InPlace):
         self._buffers = _Buffers(self._buffers.keys[:, :, :end], self._buffers.values[:, :, :end])
 
 
-class SlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLayer(_InPlace, DynamicSlidingWindowLayer):
     """The last `sliding_window - 1` keys and values, moved to the front once in a while.
 
     Whenever the past has to be recorded for cropping, it works as the layer of transformers.
@@ -269,10 +269,10 @@ class SlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
         plain = DynamicSlidingWindowLayer(self.sliding_window)
         vars(plain).update({k: v for k, v in vars(self).items() if k != "_buffers"})
         plain.keys, plain.values = self.keys, self.values
-        found = plain.update(key, value)
+        keys, values = plain.update(key, value)
         self.cumulative_length = plain.cumulative_length
         self._buffers = _Buffers(plain.keys, plain.values)
-        return found
+        return keys, values
 
 
 def in_place(cache: Any, index: int) -> None:
@@ -293,10 +293,12 @@ def in_place(cache: Any, index: int) -> None:
         while len(layers) <= index:
             layers.append(DynamicLayer())
     found = layers[index]
-    if type(found) in _FORMS and not getattr(cache, "offloading", False):
-        layers[index] = _FORMS[type(found)](found)
+    if getattr(cache, "offloading", False):
+        return
+    if type(found) is DynamicLayer:
+        layers[index] = GrowingLayer(found)
+    elif type(found) is DynamicSlidingWindowLayer:
+        layers[index] = SlidingLayer(found)
 
-
-_FORMS: dict[type, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
 
 __all__ = ["GrowingLayer", "SlidingLayer", "in_place"]
