@@ -68,6 +68,7 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
         prescaled=named.prescaled,
         causal_flag=draft.causal_flag,
         qk_norm=found["query"].normed and found["key"].normed,
+        cross=_crosses(found["query"], found["key"], draft, view),
         fingerprint=fingerprint(owner, draft.anchor, view),
     )
     nodes = CoreNodes(
@@ -80,6 +81,15 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
         region=region,
     )
     return Match(site, nodes)
+
+
+def _crosses(query: producers.Upstream, key: producers.Upstream, draft: Draft, view: View) -> bool:
+    """By where queries and keys come from; where that is hidden, by their numbers."""
+    same = producers.same_source(query, key, view)
+    if same is None:
+        axes = draft.axes
+        same = axes.total(draft.query_axis) == axes.total(draft.key_axis)
+    return not same
 
 
 def _region(draft: Draft, named: Operands) -> frozenset[fx.Node]:

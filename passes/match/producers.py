@@ -21,10 +21,14 @@ _REACH = 80
 
 @dataclass(frozen=True)
 class Upstream:
-    """What was found between an operand and its projections."""
+    """What was found between an operand and its projections.
+
+    `ends` are inputs of the captured module that were met on the way.
+    """
 
     linears: tuple[fx.Node, ...]
     nodes: frozenset[fx.Node]
+    ends: tuple[fx.Node, ...] = ()
 
     @property
     def normed(self) -> bool:
@@ -35,9 +39,12 @@ def upstream(start: fx.Node, view: View) -> Upstream:
     """Walk back from an operand; a projection by a parameter ends each path."""
     linears: list[fx.Node] = []
     nodes: set[fx.Node] = set()
+    ends: list[fx.Node] = []
     queue = [start]
     while queue and len(nodes) < _REACH:
         node = queue.pop(0)
+        if node.name in view.captured.inputs and node not in ends:
+            ends.append(node)
         if node in nodes or node.op != "call_function":
             continue
         if view.linear(node) is not None:
@@ -46,7 +53,53 @@ def upstream(start: fx.Node, view: View) -> Upstream:
             continue
         nodes.add(node)
         queue.extend(tensor_inputs(node))
-    return Upstream(tuple(linears), frozenset(nodes))
+    return Upstream(tuple(linears), frozenset(nodes), tuple(ends))
+
+
+def same_source(query: Upstream, key: Upstream, view: View) -> bool | None:
+    """Whether queries and keys are projections of one sequence; None if that cannot be seen.
+
+    They are if both lead back, through operations that treat each token on its own, to one tensor.
+    """
+    starts = [[_source(n, view) for n in up.linears] or list(up.ends) for up in (query, key)]
+    if not starts[0] or not starts[1]:
+        return None
+    mine, theirs = (_token_wise(nodes, view) for nodes in starts)
+    return not mine.isdisjoint(theirs)
+
+
+def _source(linear: fx.Node, view: View) -> fx.Node:
+    found = view.linear(linear)
+    return linear if found is None else strip_casts(found.source)
+
+
+def _token_wise(starts: list[fx.Node], view: View) -> set[fx.Node]:
+    """Activations that `starts` are computed from token by token, nearest first, up to a bound."""
+    seen: set[fx.Node] = set()
+    queue = list(starts)
+    while queue and len(seen) < _REACH:
+        node = queue.pop(0)
+        if node in seen or node.op == "get_attr" or view.captured.parameter(node.name) is not None:
+            continue
+        seen.add(node)
+        if op(node) not in _MIXING and not view.is_product(node):
+            queue.extend(tensor_inputs(node))
+    return seen
+
+
+_MIXING = frozenset(
+    {
+        "scaled_dot_product_attention",
+        "softmax",
+        "_softmax",
+        "embedding",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "arange",
+        "cumsum",
+    }
+)
 
 
 def downstream(output: fx.Node, view: View) -> fx.Node | None:

@@ -197,7 +197,7 @@ def _everything(site: AttentionSite, alike: Sequence[int]) -> list[tuple[str, st
     masks = site.mask.describe()
     predicate = "" if site.mask.opaque is not None else f"  i.e. {site.mask.predicate}"
     rows = [
-        ("kind", site.kind),
+        ("kind", f"{site.kind}, cross" if site.cross else site.kind),
         ("spelling", site.spelling),
         ("heads", f"{heads.query} query, {heads.key_value} key/value{sharing}"),
         ("widths", f"keys {heads.key_dim}, values {heads.value_dim}"),

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from rewriter.ir.mask import Mask
 
 Spelling = Literal["sdpa", "eager"]
-PositionKind = Literal["rotary", "alibi", "relative_bias", "external"]
+PositionKind = Literal["rotary", "alibi", "relative_bias", "content_bias", "external"]
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,23 @@ class FillTerm(ScoreStep):
     name: ClassVar[str] = "fill"
 
 
-STEPS: Mapping[str, type[ScoreStep]] = {s.name: s for s in (Scale, Softcap, AddTerm, FillTerm)}
+@dataclass(frozen=True)
+class SinkTerm(ScoreStep):
+    """terms[index], broadcast to (B, H, Nq, 1), is one more logit of the softmax.
 
-TermRole = Literal["mask", "bias", "mask_and_bias", "none"]
+    It takes its share of the probabilities and gives no value: o = sum_j p_j v_j with
+    sum_j p_j < 1.
+    """
+
+    index: int
+    name: ClassVar[str] = "sink"
+
+
+STEPS: Mapping[str, type[ScoreStep]] = {
+    s.name: s for s in (Scale, Softcap, AddTerm, FillTerm, SinkTerm)
+}
+
+TermRole = Literal["mask", "bias", "mask_and_bias", "sink", "none"]
 
 
 @dataclass(frozen=True)
@@ -124,14 +138,16 @@ class AttentionSite:
             the scores, then `AddTerm(0)` or `FillTerm(0)` if a mask tensor is given.
         terms: role of each run-time mask or bias tensor that the core receives.
         mask: which keys a query may see, over all terms and the causal flag together.
-        position: how positions enter. `external` means before the projections (learned or none).
+        position: how positions enter. `external` means before the projections (learned or none),
+            `content_bias` through a bias that is computed from activations.
         rotary_dim: rotated channels of each head (0 without rotary embedding).
         softmax_dtype: dtype the graph casts the scores to for the softmax, or None for no cast.
         dropout: dropout probability on the attention weights when training.
         projections: 'query', 'key', 'value', 'output' where they were identified.
-        prescaled: product of scalars applied to the query before the core (1.0 if none found).
+        prescaled: product of scalars applied to the query between its projection and the core.
         causal_flag: the graph uses SDPA's is_causal instead of a mask tensor.
         qk_norm: a normalisation stands between projection and core.
+        cross: keys and values come from another sequence than the queries.
         fingerprint: hash of the owner's part of the graph; equal for layers that compute the same
             function of their own parameters.
     """
@@ -152,6 +168,7 @@ class AttentionSite:
     prescaled: float = 1.0
     causal_flag: bool = False
     qk_norm: bool = False
+    cross: bool = False
     fingerprint: str = ""
 
     @property
@@ -166,6 +183,11 @@ class AttentionSite:
     @property
     def softcap(self) -> float | None:
         return next((s.cap for s in self.score if isinstance(s, Softcap)), None)
+
+    @property
+    def sinks(self) -> bool:
+        """A learned logit takes part in the softmax and in nothing else."""
+        return "sink" in self.terms
 
     @property
     def has_bias(self) -> bool:

@@ -51,6 +51,7 @@ class MixerInfo:
         maths: the formula, plain text.
         source: paper or catalogue id.
         directions: which sites it serves.
+        cross: serves queries of one sequence over keys of another.
     """
 
     name: str
@@ -60,6 +61,7 @@ class MixerInfo:
     maths: str
     source: str
     directions: frozenset[Literal["causal", "bidirectional"]]
+    cross: bool = False
 
 
 class Mixer(nn.Module):
@@ -92,6 +94,10 @@ class Mixer(nn.Module):
             return f"the mask is opaque ({site.mask.opaque})"
         if site.kind not in cls.info.directions:
             return f"{cls.info.name} has no {site.kind} form"
+        if site.cross and not cls.info.cross:
+            return f"{cls.info.name} has no form for cross attention"
+        if site.sinks:
+            return f"{cls.info.name} has no form for a learned sink in the softmax"
         return None
 
     @classmethod

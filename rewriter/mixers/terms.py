@@ -20,6 +20,7 @@ from rewriter.errors import UnsupportedError
 from rewriter.ir.site import AddTerm, AttentionSite, FillTerm
 
 _NOTE = "_attention_rewriter_split"
+_NO_MASK = ("none", "sink")
 _NEVER = -1000.0  # a pure mask hides below this: exp(-1000) is 0 in every dtype
 
 
@@ -63,7 +64,7 @@ def split(
     Raises:
         UnsupportedError: a mask hides or shows other keys than the one the model was traced with.
     """
-    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] != "none"]
+    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] not in _NO_MASK]
     if not given:
         return SplitTerms(None, None)
     tensors = tuple(t for _, t in given)
@@ -86,7 +87,7 @@ def all_visible(
 ) -> bool:
     """Whether the mask tensors of one new token hide none of the keys [first, keys) of any row."""
     for index, term in enumerate(terms):
-        if term is None or site.terms[index] == "none":
+        if term is None or site.terms[index] in _NO_MASK:
             continue
         allow = _part(site, index, _four(term)).allow
         if allow is not None and not bool(allow[..., first:keys].all()):

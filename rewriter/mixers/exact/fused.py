@@ -53,6 +53,10 @@ class Fused(Keep):
             return f"the mask is opaque ({site.mask.opaque})"
         if site.has_bias:
             return "fused has no form for an additive bias of the scores (ALiBi or relative) yet"
+        if site.cross:
+            return "fused has no form for cross attention yet"
+        if site.sinks:
+            return "fused has no form for a learned sink in the softmax yet"
         return None
 
     @classmethod

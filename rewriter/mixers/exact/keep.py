@@ -13,7 +13,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale, Softcap
+from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale, SinkTerm, Softcap
 from rewriter.ir.state import (
     BATCH,
     HEADS,
@@ -40,6 +40,7 @@ class Keep(Mixer):
         maths="o = softmax(q k^T scale + mask) v",
         source="the captured graph",
         directions=frozenset({"causal", "bidirectional"}),
+        cross=True,
     )
     Options = KeepOptions
     provides_weights = True
@@ -107,6 +108,7 @@ class Keep(Mixer):
             elif isinstance(step, Scale) and step.on == "key":
                 k = _scaled(k, step)
         scores = torch.matmul(q, k.transpose(-1, -2))
+        sink: torch.Tensor | None = None
         for step in self.site.score:
             if isinstance(step, Scale) and step.on == "scores":
                 scores = _scaled(scores, step)
@@ -120,13 +122,17 @@ class Keep(Mixer):
                 if term is not None:
                     chosen = ~term.bool() if step.keep else term.bool()
                     scores = scores.masked_fill(chosen, step.value)
+            elif isinstance(step, SinkTerm):
+                sink = terms[step.index]
         if self.site.causal_flag:
             hidden = ~self._visible(q.shape[-2], k.shape[-2], seen, q.device)
             scores = scores.masked_fill(hidden, -torch.inf)
-        dtype = self.site.softmax_dtype
-        weights = torch.softmax(
-            scores, dim=-1, dtype=None if dtype is None else getattr(torch, dtype)
-        ).to(v.dtype)
+        name = self.site.softmax_dtype
+        dtype = None if name is None else getattr(torch, name)
+        if sink is None:
+            weights = torch.softmax(scores, dim=-1, dtype=dtype).to(v.dtype)
+        else:
+            weights = _with_sink(scores, sink, dtype).to(v.dtype)
         weights = F.dropout(weights, p=self.site.dropout, training=self.training)
         return torch.matmul(weights, v), weights
 
@@ -192,6 +198,16 @@ class Keep(Mixer):
 
 def _scaled(x: torch.Tensor, step: Scale) -> torch.Tensor:
     return x / step.value if step.divide else x * step.value
+
+
+def _with_sink(scores: torch.Tensor, sink: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Softmax over the keys and one more logit per head, (B|1, H|1, n|1, 1), that is dropped.
+
+    The maximum is taken away before the softmax, as those models do it in half precision.
+    """
+    logits = torch.cat([scores, sink.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    logits = logits - logits.amax(-1, keepdim=True)
+    return torch.softmax(logits, dim=-1, dtype=dtype)[..., :-1]
 
 
 def _columns(term: torch.Tensor | None, keys: int) -> torch.Tensor | None:
