@@ -291,7 +291,7 @@ def in_place(cache: Any, index: int) -> None:
         if kind is not DynamicLayer or not isinstance(cache, Cache):
             return
         while len(layers) <= index:
-            layers.append(DynamicLayer())
+            layers.append(kind())
     found = layers[index]
     if getattr(cache, "offloading", False):
         return

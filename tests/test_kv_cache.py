@@ -69,7 +69,7 @@ def test_answers_as_the_layer_it_replaces(steps: Any, sliding: bool, recorded: b
             plain.reset(), ours.reset()
             rows = 2
         elif what in ("repeat", "select", "reorder"):
-            if plain.get_seq_length() == 0 or rows > 8:
+            if plain.get_seq_length() == 0 or rows > 8 or (what == "select" and rows < 2):
                 continue
             for layer in (plain, ours):
                 if what == "repeat":
