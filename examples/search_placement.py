@@ -10,6 +10,7 @@ part of the text and with longer repeats, beside full attention and a uniform pl
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def main() -> None:
     minutes = (time.perf_counter() - began) / 60
     options.plan.parent.mkdir(parents=True, exist_ok=True)
     result.plan.save(options.plan)
+    figures = options.plan.with_name("search.json")
+    figures.write_text(json.dumps(result.to_json("layers with full attention"), indent=1))
     kept = [d.index for d in result.plan.decisions if d.target == "keep"]
     console.print(
         f"{this_machine().describe()}: searched {minutes:.1f} minutes, "

@@ -30,7 +30,7 @@ ORDER = (
         "rewriter.checkpoint",
         "rewriter.evaluate",
     ),
-    ("rewriter.planner",),
+    ("rewriter.planner", "rewriter.pages"),
     ("rewriter.api",),
     ("rewriter.cli", "rewriter.__main__"),
 )
@@ -96,6 +96,11 @@ def test_nothing_is_missing_from_the_wheel(tmp_path: Path) -> None:
     expected = {
         f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"
         for package, folder in TREES.items()
-        for path in [*folder.rglob("*.py"), *folder.rglob("*.yaml"), *folder.rglob("py.typed")]
+        for path in [
+            *folder.rglob("*.py"),
+            *folder.rglob("*.yaml"),
+            *folder.rglob("py.typed"),
+            *folder.rglob("*.jinja"),
+        ]
     }
     assert expected <= held

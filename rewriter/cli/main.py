@@ -16,6 +16,7 @@ from rewriter.cli.evaluating import evaluate
 from rewriter.cli.generating import generate
 from rewriter.cli.guard import GuardedGroup
 from rewriter.cli.inspecting import inspect, plan
+from rewriter.cli.reporting import report
 
 app = typer.Typer(
     name="rewriter",
@@ -78,6 +79,7 @@ _add(
     "rewriter bench --only dense,linear --lengths 1024,4096",
     "rewriter bench --dtype bfloat16 --threads 2 --out figures.json --plot figures.svg",
 )
+_add(report, "report", "rewriter report convert.json eval.json figures.json --out report.html")
 
 
 def _version(wanted: bool) -> None:

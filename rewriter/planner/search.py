@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rewriter.mixers import registry
 from rewriter.plan import Decision, Plan, tool_version
@@ -41,6 +42,8 @@ class SearchResult:
         relaxed: the assignment after the relaxed steps, before refinement.
         measured: every assignment that was measured, best first.
         cost: of the best assignment.
+        budget: largest cost that was allowed.
+        costs: of every measured assignment.
     """
 
     plan: Plan
@@ -48,10 +51,20 @@ class SearchResult:
     relaxed: Measured
     measured: tuple[Measured, ...]
     cost: float
+    budget: float
+    costs: tuple[float, ...]
 
-    @property
-    def score(self) -> Score:
-        return self.best.score
+    def to_json(self, unit: str = "") -> dict[str, Any]:
+        """Plain values, as a result page reads them; `unit` names the unit of the costs."""
+        return {
+            "budget": self.budget,
+            "unit": unit,
+            "best": {"cost": self.cost, **_plain(self.best.score), "picks": self.best.picks},
+            "assignments": [
+                {"cost": cost, **_plain(m.score), "picks": m.picks}
+                for m, cost in zip(self.measured, self.costs, strict=True)
+            ],
+        }
 
 
 def search(
@@ -80,9 +93,20 @@ def search(
     )
     best = refine(judge, start, budget, trials=chosen.trials, seed=chosen.seed, note=note)
     space.use(best.picks)
+    measured = tuple(judge.measured)
     return SearchResult(
-        plan_of(space, best.picks), best, relaxed, tuple(judge.measured), space.cost(best.picks)
+        plan=plan_of(space, best.picks),
+        best=best,
+        relaxed=relaxed,
+        measured=measured,
+        cost=space.cost(best.picks),
+        budget=budget,
+        costs=tuple(space.cost(m.picks) for m in measured),
     )
+
+
+def _plain(score: Score) -> dict[str, float]:
+    return {"perplexity": score.perplexity, "copy_perplexity": score.copy_perplexity}
 
 
 def plan_of(space: SearchSpace, picks: tuple[int, ...]) -> Plan:

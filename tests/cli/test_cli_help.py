@@ -7,7 +7,17 @@ import time
 import pytest
 from cli_tools import failed, run
 
-COMMANDS = ("inspect", "plan", "convert", "distill", "eval", "generate", "mixers")
+COMMANDS = (
+    "inspect",
+    "plan",
+    "convert",
+    "distill",
+    "eval",
+    "generate",
+    "mixers",
+    "bench",
+    "report",
+)
 
 
 def test_help_names_every_command_and_the_exit_codes() -> None:

@@ -1,0 +1,168 @@
+"""Sections about one rewrite: the plan, what was refused, the contracts, how to repeat it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rewriter.pages.content import (
+    REFUSED,
+    Block,
+    Cell,
+    Commands,
+    Facts,
+    Grid,
+    Item,
+    Section,
+    Strip,
+    Tone,
+    Words,
+    number,
+)
+
+_TONES: Mapping[str, Tone] = {"pass": "good", "fail": "bad", "not applicable": "quiet"}
+
+
+def rewritten(result: Mapping[str, Any]) -> Sequence[Section]:
+    """Sections of the JSON that `rewriter convert --json` writes, or of a plan alone."""
+    plan = result["plan"]
+    sections = [_plan(plan, result), _refused(plan, result)]
+    if result.get("contracts"):
+        sections.append(_contracts(result["contracts"]))
+    if result.get("checkpoint"):
+        sections.append(_repeat(result, plan))
+    return [s for s in sections if s.items]
+
+
+def _plan(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Section:
+    decisions = plan["decisions"]
+    blocks = tuple(
+        Block(
+            str(d["index"]),
+            d["target"] if d["status"] != "refused" else REFUSED,
+            f"{d['fqn']}: {_what(d)}",
+        )
+        for d in decisions
+    )
+    facts = [("policy", plan.get("policy") or "-"), ("attention blocks", str(len(decisions)))]
+    tiers = Counter(d["tier"] for d in decisions if d["status"] != "refused")
+    facts += [(f"{tier} tier", str(count)) for tier, count in tiers.items()]
+    if result.get("seconds"):
+        facts.append(("time", f"{sum(result['seconds'].values()):.0f} s"))
+    rows = []
+    for what, group in _grouped(decisions):
+        first = group[0]
+        rows.append(
+            (
+                Cell(_numbers([d["index"] for d in group])),
+                Cell(what),
+                Cell(first["tier"]),
+                Cell(_describe_site(first.get("site") or {})),
+            )
+        )
+    table = Grid(("layers", "becomes", "tier", "what was found there"), tuple(rows))
+    return Section("The plan", (Strip(blocks), Facts(tuple(facts)), table))
+
+
+def _grouped(decisions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for d in decisions:
+        key = (_what(d), _describe_site(d.get("site") or {}))
+        groups.setdefault(key, []).append(d)
+    for (what, _), group in groups.items():
+        yield what, group
+
+
+def _what(decision: Mapping[str, Any]) -> str:
+    if decision["status"] == "refused":
+        return f"stays as it is ({decision['target']} refused)"
+    options = ", ".join(f"{k} {number(v)}" for k, v in decision["options"].items())
+    return decision["target"] + (f" ({options})" if options else "")
+
+
+def _describe_site(site: Mapping[str, Any]) -> str:
+    if not site:
+        return ""
+    heads = site.get("heads", {})
+    parts = [
+        f"{heads.get('query')} query and {heads.get('key_value')} key heads "
+        f"of {heads.get('key_dim')}",
+        str(site.get("position", "")),
+        str(site.get("spelling", "")),
+    ]
+    return ", ".join(p for p in parts if p)
+
+
+def _numbers(values: Sequence[int]) -> str:
+    """'0-3, 7'."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _refused(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Section:
+    rows = [
+        (Cell(d["fqn"]), Cell(d.get("reason") or "", "bad"))
+        for d in plan["decisions"]
+        if d["status"] == "refused"
+    ]
+    misses = result.get("misses") or []
+    for miss in misses:
+        source = miss.get("source", {})
+        place = source.get("module") or source.get("node", "")
+        if source.get("file"):
+            place += f" ({source['file'].rsplit('/', 1)[-1]}:{source.get('line')})"
+        rows.append((Cell(place), Cell(f"{miss.get('stage')}: {miss.get('reason')}")))
+    items: list[Item] = []
+    if rows:
+        items.append(Grid(("where", "why"), tuple(rows)))
+    elif "misses" in result:
+        items.append(Words("Nothing that looks like attention was left out."))
+    return Section("What was not rewritten, and why", tuple(items))
+
+
+def _contracts(contracts: Sequence[Mapping[str, Any]]) -> Section:
+    by_check: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for result in contracts:
+        by_check.setdefault((result["number"], result["check"]), []).append(result)
+    rows = []
+    for (contract, check), group in sorted(by_check.items()):
+        worst = max(group, key=_badness)
+        outcome = worst["outcome"]
+        rows.append(
+            (
+                Cell(str(contract)),
+                Cell(check),
+                Cell(f"{len(group)}"),
+                Cell(number(worst["measured"])),
+                Cell(number(worst["bound"])),
+                Cell(outcome, _TONES.get(outcome, "plain")),
+                Cell(worst.get("detail") or "", "quiet"),
+            )
+        )
+    head = ("contract", "check", "subjects", "worst", "allowed", "outcome", "detail")
+    grid = Grid(head, tuple(rows), frozenset({0, 2, 3, 4}))
+    note = Words("Checked on this very model. 'reported' is a figure without a bound.")
+    return Section("Contracts", (note, grid))
+
+
+def _badness(result: Mapping[str, Any]) -> tuple[int, float]:
+    order = ("not applicable", "reported", "pass", "fail")
+    measured = result["measured"]
+    value = measured if isinstance(measured, int | float) else 0.0
+    return order.index(result["outcome"]), float(value)
+
+
+def _repeat(result: Mapping[str, Any], plan: Mapping[str, Any]) -> Section:
+    source, out = shlex.quote(str(result["checkpoint"])), shlex.quote(str(result.get("out", "out")))
+    policy = shlex.quote(plan.get("policy") or "POLICY")
+    lines = (f"rewriter convert {source} --policy {policy} --out {out}",)
+    tool = plan.get("tool")
+    note = (Words(f"attention-rewriter {tool}"),) if tool else ()
+    return Section("How to repeat this", (*note, Commands(lines)))
