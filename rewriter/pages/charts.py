@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 from rewriter.errors import UnsupportedError
 from rewriter.pages.content import Chart, Line
@@ -30,7 +31,7 @@ def svg(chart: Chart) -> str:
         raise UnsupportedError(
             "a page with charts needs matplotlib: pip install 'attention-rewriter[bench]'"
         ) from error
-    settings = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9}
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9}
     with mpl.rc_context({**settings, "text.parse_math": False}):
         figure = Figure(figsize=(6.0, 3.4), layout="constrained")
         axes = figure.subplots()

@@ -79,7 +79,7 @@ def _what(decision: Mapping[str, Any]) -> str:
     if decision["status"] == "refused":
         return f"stays as it is ({decision['target']} refused)"
     options = ", ".join(f"{k} {number(v)}" for k, v in decision["options"].items())
-    return decision["target"] + (f" ({options})" if options else "")
+    return f"{decision['target']} ({options})" if options else str(decision["target"])
 
 
 def _describe_site(site: Mapping[str, Any]) -> str:
