@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import rewriter
+from rewriter.bench.machine import this_machine
 from rewriter.checkpoint import open_checkpoint
 from rewriter.passes.realise.cache_probe import new_cache
 
@@ -39,11 +40,6 @@ def cache_bytes(cache: Any) -> int:
             items = value.values() if isinstance(value, dict) else [value]
             total += sum(t.element_size() * t.numel() for t in items if isinstance(t, torch.Tensor))
     return total
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -88,7 +84,7 @@ def main() -> None:
         row = [f"{s / 2**20:.1f} MiB" for s in sizes[name]]
         table.add_row(f"{name}, cache", *row, f"{sizes[name][-1] / sizes[name][0]:.2f}")
     console = Console()
-    console.print(f"{processor()}, {options.threads} threads, torch {torch.__version__}, fp32")
+    console.print(f"{this_machine().describe()}, fp32")
     console.print(table)
 
 

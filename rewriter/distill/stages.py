@@ -23,6 +23,7 @@ from rewriter.distill.lora import inject_lora
 from rewriter.distill.losses import divergence, output_error
 from rewriter.distill.precision import compute_dtype
 from rewriter.errors import UsageError
+from rewriter.passes.verify.compare import first_tensor, tensors_of
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
@@ -59,21 +60,17 @@ class Stage(Protocol):
         ...
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    """The hidden states among a module's outputs."""
-    if isinstance(output, torch.Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value
-    raise UsageError("A rewritten module returned no tensor, so its output cannot be matched.")
-
-
 def call(model: nn.Module, rows: Rows) -> Any:
     if rows.mask is None:
         return model(input_ids=rows.ids)
     return model(input_ids=rows.ids, attention_mask=rows.mask)
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """The hidden states among a module's outputs."""
+    if not tensors_of(output):
+        raise UsageError("A rewritten module returned no tensor, so its output cannot be matched.")
+    return first_tensor(output)
 
 
 class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure
@@ -125,8 +122,8 @@ class MatchLayers:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
                 clean = {k: None if k in CACHE_ARGUMENTS else v for k, v in kwargs.items()}
                 with torch.enable_grad():
-                    out = first_tensor(self.owners[path](*args, **clean))
-                    loss = output_error(out, first_tensor(output), rows.mask)
+                    out = _hidden(self.owners[path](*args, **clean))
+                    loss = output_error(out, _hidden(output), rows.mask)
                     torch.autograd.backward(loss * scale)
                 calls[path] += 1
                 parts[path] = (

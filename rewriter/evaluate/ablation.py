@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 from torch import nn
 
-from rewriter.evaluate.measurement import Measurement
 from rewriter.mixers.base import Mixer
 
 NOTHING = "nothing"
+T = TypeVar("T")
 
 
 def branches_of(model: nn.Module) -> list[str]:
@@ -41,10 +42,14 @@ def without_branch(model: nn.Module, branch: str) -> Iterator[int]:
 
 
 def branch_ablation(
-    model: nn.Module, metric: Callable[[nn.Module], Measurement]
-) -> dict[str, Measurement]:
-    """The metric with nothing switched off, then with each branch switched off model-wide."""
-    out = {NOTHING: metric(model)}
+    model: nn.Module, metric: Callable[[nn.Module], T], whole: T | None = None
+) -> dict[str, T]:
+    """The metric with nothing switched off, then with each branch switched off model-wide.
+
+    Args:
+        whole: the metric with nothing switched off, where it is known already.
+    """
+    out = {NOTHING: metric(model) if whole is None else whole}
     for branch in branches_of(model):
         with without_branch(model, branch):
             out[branch] = metric(model)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rewriter.errors import UsageError
-from rewriter.evaluate.ablation import NOTHING, branches_of, without_branch
+from rewriter.evaluate.ablation import branch_ablation
 from rewriter.evaluate.measurement import Measurement
 from rewriter.evaluate.quality import copy_perplexity, passkey, perplexity, teacher_gap
 
@@ -108,8 +108,6 @@ def measure_branches(
     Args:
         whole: measurements of the same model with nothing switched off, if they exist already.
     """
-    out = {NOTHING: whole or measure(model, tokenizer, rows, options=options)}
-    for branch in branches_of(model):
-        with without_branch(model, branch):
-            out[branch] = measure(model, tokenizer, rows, options=options)
-    return out
+    return branch_ablation(
+        model, lambda m: measure(m, tokenizer, rows, options=options), whole or None
+    )
