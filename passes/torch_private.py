@@ -117,6 +117,14 @@ def symbolic_expression(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.Integer(size)
 
 
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The size in the example that was captured, or None where it depends on data."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return None if hint is None else int(hint)
+    return int(size)
+
+
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 products in hardware; emulated ones are several times slower
     than float32."""
