@@ -62,9 +62,9 @@ def read_hidden(region: Region, down: Map, view: View) -> Hidden | Refusal:
         parts.append(part)
     if not parts:
         return Refusal("nothing projected enters the pointwise functions", down.source)
-    reason = _coverage(parts)
-    if reason is not None:
-        return Refusal(reason, parts[0].map.node)
+    lack = _coverage(parts)
+    if lack is not None:
+        return Refusal(lack, parts[0].map.node)
     activation, first = _name(result, probes, region, view)
     if len(parts) == 1:
         gate, up = None, parts[0]
