@@ -50,6 +50,7 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
     output = producers.downstream(named.output.node, view)
     projections, linears = producers.projections(found, output)
     owner = common_module([module_path(n) for n in (*region, *linears)])
+    hidden, hidden_dim = producers.hidden(found, named.query, view)
     rotary = producers.rotary_width(named.query, found["query"], view)
     site = AttentionSite(
         fqn=owner,
@@ -70,6 +71,7 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
         qk_norm=found["query"].normed and found["key"].normed,
         cross=_crosses(found["query"], found["key"], draft, view),
         fingerprint=fingerprint(owner, draft.anchor, view),
+        hidden_dim=hidden_dim,
     )
     nodes = CoreNodes(
         query=named.query,
@@ -79,6 +81,7 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
         output=named.output,
         weights=named.weights,
         region=region,
+        hidden=hidden,
     )
     return Match(site, nodes)
 

@@ -152,6 +152,29 @@ def projections(
     return out, tuple(dict.fromkeys(nearest.values()))
 
 
+def hidden(found: Mapping[str, Upstream], query: Operand, view: View) -> tuple[fx.Node | None, int]:
+    """The (batch, token, channel) tensor that all three projections read and its width, or 0."""
+    sources = {
+        source.source
+        for up in found.values()
+        for source in map(view.linear, up.linears)
+        if source is not None
+    }
+    if len(sources) != 1 or any(len(up.linears) != 1 for up in found.values()):
+        return None, 0
+    source = sources.pop()
+    if op(source) in ("view", "reshape", "flatten") and len(view.sizes.of(source)) == 2:
+        source = operand(source)
+    sizes, named = (
+        view.sizes.of(source),
+        dict(zip(query.layout.dims, view.sizes.of(query.node), strict=True)),
+    )
+    expected = named.get(("batch",)), named.get(("token",))
+    if len(sizes) != 3 or sizes[1] != expected[1] or expected[0] not in (None, sizes[0]):
+        return None, 0
+    return source, sizes[2]
+
+
 def rotary_width(query: Operand, found: Upstream, view: View) -> int:
     """Rotated channels of each head, 0 without rotary embedding."""
     for node in found.nodes:

@@ -46,6 +46,7 @@ class CoreNodes:
         weights: node of the softmax result (in (B, H, Nq, Nk) layout) if something outside the
             core uses it, else None.
         region: all nodes of the core, from the operands (excluded) to the output (included).
+        hidden: the (batch, token, channel) tensor that all three projections read, if one.
     """
 
     query: Operand
@@ -55,6 +56,7 @@ class CoreNodes:
     output: Operand
     weights: Operand | None
     region: frozenset[Node]
+    hidden: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,11 @@ class _Emitter:
         call = self.graph.call_module(
             "core",
             (*operands, tuple(terms)),
-            {"cache": cache, "need_weights": core.weights is not None and self.weights},
+            {
+                "cache": cache,
+                "need_weights": core.weights is not None and self.weights,
+                "hidden": None if core.hidden is None else self._arg(core.hidden),
+            },
         )
         call.meta["rule"] = RULE
         out = self.graph.call_function(operator.getitem, (call, 0))

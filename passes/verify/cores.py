@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch.nn import functional as F
 
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import State
 from rewriter.mixers.base import Mixer
+from rewriter.mixers.tokens import Tokens
 from rewriter.passes.verify.compare import max_difference
 
 BOUND = 1e-4  # fp32, outputs of order one
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Random operands of a core: q (B, H, N, Dk), k (B, Hkv, N, Dk), v (B, Hkv, N, Dv), fp32."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    bias: torch.Tensor | None
-
-    def cut(self, start: int, stop: int) -> Sample:
-        bias = None if self.bias is None else self.bias[..., :stop]
-        return Sample(
-            self.q[:, :, start:stop], self.k[:, :, start:stop], self.v[:, :, start:stop], bias
-        )
-
-
-def sample(site: AttentionSite, tokens: int, batch: int = 2, seed: int = 0) -> Sample:
+def sample(site: AttentionSite, tokens: int, batch: int = 2, seed: int = 0) -> Tokens:
+    """Random operands of a core, fp32."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -42,46 +27,32 @@ def sample(site: AttentionSite, tokens: int, batch: int = 2, seed: int = 0) -> S
     heads = site.heads
     # Logits of standard deviation two: neither uniform nor one-hot attention.
     width = (2.0 / (site.scale * heads.key_dim**0.5)) ** 0.5
-    return Sample(
+    return Tokens(
         normal(batch, heads.query, tokens, heads.key_dim) * width,
         normal(batch, heads.key_value, tokens, heads.key_dim) * width,
         normal(batch, heads.key_value, tokens, heads.value_dim),
-        normal(1, heads.query, 1, tokens) if site.has_bias else None,
+        hidden=normal(batch, tokens, site.hidden_dim) if site.hidden_dim else None,
+        bias=normal(1, heads.query, 1, tokens) if site.has_bias else None,
     )
 
 
 def check_core(core: Mixer, subject: str) -> Iterator[ContractResult]:
     """All core-level contracts of one mixer instance, on the CPU in fp32, without gradients."""
-    tokens = core.test_length()
     with torch.no_grad():
-        data = sample(core.site, tokens)
-        run = _runner(core)
-        whole = run(data, None)
-        yield _head_map(core, data, whole, run, subject)
+        data = sample(core.site, core.test_length())
+        whole, _ = core.mix(data)
+        yield _head_map(core, data, whole, subject)
         if core.site.mask.causal:
             yield from _schedules(core, data, whole, subject)
-            yield _causality(data, whole, run, subject)
-        yield from _padding(core, data, whole, run, subject)
-        yield _batch(data, whole, run, subject)
-        yield _masked_rows(data, run, subject)
-        yield _length_one(core, run, subject)
+            yield _causality(core, data, whole, subject)
+        yield from _padding(core, data, whole, subject)
+        yield _batch(core, data, whole, subject)
+        yield _masked_rows(core, data, subject)
+        yield _length_one(core, subject)
         yield _limit(core, data, subject)
 
 
-Run = Callable[[Sample, torch.Tensor | None], torch.Tensor]
-
-
-def _runner(core: Mixer) -> Run:
-    def run(data: Sample, valid: torch.Tensor | None) -> torch.Tensor:
-        out, _ = core.mix(data.q, data.k, data.v, valid=valid, bias=data.bias, state=None)
-        return out
-
-    return run
-
-
-def _head_map(
-    core: Mixer, data: Sample, whole: torch.Tensor, run: Run, subject: str
-) -> ContractResult:
+def _head_map(core: Mixer, data: Tokens, whole: torch.Tensor, subject: str) -> ContractResult:
     heads = core.site.heads
     worst = 0.0
     silent = 0
@@ -89,7 +60,7 @@ def _head_map(
         k, v = data.k.clone(), data.v.clone()
         k[:, kv] += 1.0
         v[:, kv] -= 1.0
-        changed = (run(Sample(data.q, k, v, data.bias), None) - whole).abs().amax(dim=(0, 2, 3))
+        changed = (core.mix(replace(data, k=k, v=v))[0] - whole).abs().amax(dim=(0, 2, 3))
         mine = torch.arange(heads.query) // heads.group == kv
         if (~mine).any():
             worst = max(worst, float(changed[~mine].max()))
@@ -100,9 +71,9 @@ def _head_map(
 
 
 def _schedules(
-    core: Mixer, data: Sample, whole: torch.Tensor, subject: str
+    core: Mixer, data: Tokens, whole: torch.Tensor, subject: str
 ) -> Iterator[ContractResult]:
-    tokens = data.q.shape[2]
+    tokens = data.count
     plans = {
         "prefill + decode = full": [tokens - 12, *([1] * 12)],
         "chunks of uneven length = full": [tokens // 3, 1, tokens // 4, 7],
@@ -113,10 +84,8 @@ def _schedules(
         state = _fresh(core, data)
         outs, at = [], 0
         for size in sizes:
-            part = data.cut(at, min(at + size, tokens))
-            out, next_state = core.mix(
-                part.q, part.k, part.v, valid=None, bias=part.bias, state=state
-            )
+            piece = replace(data.cut(at, min(at + size, tokens)), state=state)
+            out, next_state = core.mix(piece)
             assert next_state is not None
             state = next_state
             outs.append(out)
@@ -125,63 +94,61 @@ def _schedules(
         yield judged(3, name, subject, measured, BOUND)
 
 
-def _fresh(core: Mixer, data: Sample) -> State:
+def _fresh(core: Mixer, data: Tokens) -> State:
     spec = core.state_spec(core.site, core.options)
-    return spec.new(core.site, data.q.shape[0], data.v.dtype, data.v.device)
+    return spec.new(core.site, data.batch, data.v.dtype, data.v.device)
 
 
-def _causality(data: Sample, whole: torch.Tensor, run: Run, subject: str) -> ContractResult:
-    at = data.q.shape[2] // 2
-    q, k, v = data.q.clone(), data.k.clone(), data.v.clone()
-    for tensor in (q, k, v):
-        tensor[:, :, at:] += 3.0
-    after = run(Sample(q, k, v, data.bias), None)
-    measured = max_difference(after[:, :, :at], whole[:, :, :at])
+def _causality(core: Mixer, data: Tokens, whole: torch.Tensor, subject: str) -> ContractResult:
+    at = data.count // 2
+
+    def later(x: torch.Tensor, dim: int) -> torch.Tensor:
+        steps = (torch.arange(x.shape[dim]) >= at).float()
+        return x + 3.0 * steps.view([-1 if d == dim else 1 for d in range(x.dim())])
+
+    hidden = None if data.hidden is None else later(data.hidden, 1)
+    changed = replace(
+        data, q=later(data.q, 2), k=later(data.k, 2), v=later(data.v, 2), hidden=hidden
+    )
+    measured = max_difference(core.mix(changed)[0][:, :, :at], whole[:, :, :at])
     return judged(4, "later tokens change nothing earlier", subject, measured, 1e-6)
 
 
 def _padding(
-    core: Mixer, data: Sample, whole: torch.Tensor, run: Run, subject: str
+    core: Mixer, data: Tokens, whole: torch.Tensor, subject: str
 ) -> Iterator[ContractResult]:
-    pads = 5
-    tokens = data.q.shape[2]
-    valid = torch.ones(data.q.shape[0], tokens + pads, dtype=torch.bool)
-    sides = {"left": (slice(pads, None), (pads, 0)), "right": (slice(tokens), (0, pads))}
-    for side, (kept, widths) in sides.items():
-        mask = valid.clone()
-        mask[:, :pads] = side != "left"
-        mask[:, tokens:] = mask[:, tokens:] & (side != "right")
-
-        def padded(x: torch.Tensor, widths: tuple[int, int] = widths) -> torch.Tensor:
-            return F.pad(x, (0, 0, *widths), value=7.0)
-
-        bias = None if data.bias is None else F.pad(data.bias, widths)
-        wide = Sample(padded(data.q), padded(data.k), padded(data.v), bias)
-        measured = max_difference(run(wide, mask)[:, :, kept], whole)
+    pads, tokens = 5, data.count
+    for side, widths in {"left": (pads, 0), "right": (0, pads)}.items():
+        out, _ = core.mix(data.padded(*widths, value=7.0))
+        measured = max_difference(out[:, :, widths[0] : widths[0] + tokens], whole)
         yield judged(4, f"{side} padding changes nothing", subject, measured, BOUND)
 
 
-def _batch(data: Sample, whole: torch.Tensor, run: Run, subject: str) -> ContractResult:
-    alone = run(Sample(data.q[:1], data.k[:1], data.v[:1], data.bias), None)
+def _batch(core: Mixer, data: Tokens, whole: torch.Tensor, subject: str) -> ContractResult:
+    alone, _ = core.mix(data.rows(slice(1)))
     measured = max_difference(alone, whole[:1])
     return judged(4, "batch rows are independent", subject, measured, 1e-5)
 
 
-def _masked_rows(data: Sample, run: Run, subject: str) -> ContractResult:
-    none = torch.zeros(data.q.shape[0], data.q.shape[2], dtype=torch.bool)
-    out = run(data, none)
+def _masked_rows(core: Mixer, data: Tokens, subject: str) -> ContractResult:
+    none = torch.zeros(data.batch, data.count, dtype=torch.bool)
+    out, _ = core.mix(replace(data, valid=none))
     measured = float(out.abs().max()) if bool(torch.isfinite(out).all()) else float("inf")
     return judged(4, "fully masked rows give 0", subject, measured, 0.0)
 
 
-def _length_one(core: Mixer, run: Run, subject: str) -> ContractResult:
+def _length_one(core: Mixer, subject: str) -> ContractResult:
+    if not core.averages:
+        check = "one token attends to itself"
+        detail = f"an output of {core.info.name} is not a mean of values"
+        return ContractResult(4, check, subject, "not applicable", detail=detail)
     data = sample(core.site, 1, seed=1)
     expected = data.v.repeat_interleave(core.site.heads.group, dim=1)
-    measured = max_difference(run(data, None), expected)
+    measured = max_difference(core.mix(data)[0], expected)
     return judged(4, "one token attends to itself", subject, measured, BOUND)
 
 
-def _limit(core: Mixer, data: Sample, subject: str) -> ContractResult:
+def _limit(core: Mixer, data: Tokens, subject: str) -> ContractResult:
     tokens = data.q.shape[2]
     options = core.limit_options(core.options, tokens)
     check = "limit case equals full softmax"
@@ -190,11 +157,11 @@ def _limit(core: Mixer, data: Sample, subject: str) -> ContractResult:
         return ContractResult(5, check, subject, "not applicable", detail=detail)
     wide = type(core)(core.site, options, None)
     wide.load_state_dict(core.state_dict())
-    out, _ = wide.mix(data.q, data.k, data.v, valid=None, bias=data.bias, state=None)
+    out, _ = wide.mix(data)
     return judged(5, check, subject, max_difference(out, dense_softmax(core.site, data)), BOUND)
 
 
-def dense_softmax(site: AttentionSite, data: Sample) -> torch.Tensor:
+def dense_softmax(site: AttentionSite, data: Tokens) -> torch.Tensor:
     """The site's attention, written out over all pairs in fp64: the oracle of the limit cases."""
     tokens = data.q.shape[2]
     k = data.k.double().repeat_interleave(site.heads.group, dim=1)

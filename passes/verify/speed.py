@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from rewriter.ir.contract import ContractResult
 from rewriter.ir.site import AttentionSite
 from rewriter.mixers.base import Mixer
-from rewriter.passes.verify.cores import Sample, sample
+from rewriter.mixers.tokens import Tokens
+from rewriter.passes.verify.cores import sample
 
 LENGTHS = (256, 1024, 4096)
 
 
-def original_core(site: AttentionSite, data: Sample) -> Callable[[], torch.Tensor]:
+def original_core(site: AttentionSite, data: Tokens) -> Callable[[], torch.Tensor]:
     """The site's softmax core as torch's fused attention, the way unpadded calls run it."""
     k = data.k.repeat_interleave(site.heads.group, dim=1)
     v = data.v.repeat_interleave(site.heads.group, dim=1)
@@ -55,12 +56,11 @@ def check_speed(
     lengths = sorted({*LENGTHS, *([wanted] if wanted is not None else [])})
     for tokens in lengths:
         data = sample(core.site, tokens, batch=1)
-        bias = data.bias
 
-        def run(data: Sample = data, bias: torch.Tensor | None = bias) -> object:
+        def run(data: Tokens = data) -> object:
             if core.info.tier == "exact":
                 return core(data.q, data.k, data.v)
-            return core.mix(data.q, data.k, data.v, valid=None, bias=bias, state=None)
+            return core.mix(data)
 
         with torch.no_grad():
             _time([run], 1)

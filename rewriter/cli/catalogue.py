@@ -85,6 +85,7 @@ def reference_site(causal: bool) -> AttentionSite:
         mask=Mask((Causal(),) if causal else ()),
         spelling="sdpa",
         source=Source("attention"),
+        hidden_dim=HEADS * WIDTH,
     )
 
 

@@ -148,6 +148,8 @@ class AttentionSite:
         causal_flag: the graph uses SDPA's is_causal instead of a mask tensor.
         qk_norm: a normalisation stands between projection and core.
         cross: keys and values come from another sequence than the queries.
+        hidden_dim: Dm, width of the (B, N, Dm) tensor that all three projections read; 0 if they
+            do not read one such tensor.
         fingerprint: hash of the owner's part of the graph; equal for layers that compute the same
             function of their own parameters.
     """
@@ -169,6 +171,7 @@ class AttentionSite:
     causal_flag: bool = False
     qk_norm: bool = False
     cross: bool = False
+    hidden_dim: int = 0
     fingerprint: str = ""
 
     @property

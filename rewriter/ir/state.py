@@ -11,8 +11,8 @@ import torch
 
 from rewriter.ir.site import AttentionSite
 
-BATCH, KV_HEADS, HEADS, KEY_DIM, VALUE_DIM, TOKENS = sympy.symbols(
-    "B H_kv H D_k D_v N", integer=True, positive=True
+BATCH, KV_HEADS, HEADS, KEY_DIM, VALUE_DIM, HIDDEN, TOKENS = sympy.symbols(
+    "B H_kv H D_k D_v D_m N", integer=True, positive=True
 )
 State = dict[str, torch.Tensor]
 StateDtype = Literal["model", "float32", "bool", "int64"]
@@ -62,7 +62,7 @@ class StateSpec:
         return out
 
     def bytes(self, model_dtype_bytes: int = 4) -> sympy.Expr:
-        """Symbolic size in bytes over (B, H_kv, H, D_k, D_v, N)."""
+        """Symbolic size in bytes over (B, H_kv, H, D_k, D_v, D_m, N)."""
         total = sympy.Integer(0)
         for tensor in self.tensors:
             width = _BYTES.get(tensor.dtype, model_dtype_bytes)
@@ -78,5 +78,6 @@ def bindings(site: AttentionSite, batch: int, tokens: int = 0) -> dict[sympy.Sym
         HEADS: site.heads.query,
         KEY_DIM: site.heads.key_dim,
         VALUE_DIM: site.heads.value_dim,
+        HIDDEN: site.hidden_dim,
         TOKENS: tokens,
     }

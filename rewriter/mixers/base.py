@@ -2,12 +2,15 @@
 
 A mixer is the `core` of a re-emitted attention module. The emitted code calls it as
 
-    out, probabilities = self.core(q, k, v, terms, cache=cache, need_weights=False)
+    out, probabilities = self.core(
+        q, k, v, terms, cache=cache, need_weights=False, hidden=hidden
+    )
 
 with q (B, H, n, Dk), k (B, Hkv, n, Dk), v (B, Hkv, n, Dv) for the n new tokens, `terms` the
-run-time mask and bias tensors of the site (each a tensor or None), and `cache` the transformers
-cache object or None. `Mixer.forward` turns these into the five plain arguments of `mix`, which is
-all that a mechanism implements.
+run-time mask and bias tensors of the site (each a tensor or None), `cache` the transformers
+cache object or None, and `hidden` (B, n, Dm) what the projections read, or None where it was not
+identified. `Mixer.forward` turns these into the `Tokens` that `mix` gets, which is all that a
+mechanism implements.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from rewriter.errors import UnsupportedError
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import State, StateSpec
 from rewriter.mixers import terms as site_terms
+from rewriter.mixers.tokens import Tokens
 
 Tier = Literal["exact", "approximate", "distilled"]
 Terms = Sequence[torch.Tensor | None]
@@ -72,12 +76,16 @@ class Mixer(nn.Module):
         Options: validated options.
         branches: names of the parts that can be switched off for ablation (contract 9).
         provides_weights: `forward` can return attention weights (only exact mixers can).
+        needs_hidden: `mix` reads `Tokens.hidden`; sites that do not know it are refused.
+        averages: an output is a weighted mean of values, so one token alone gives its own value.
     """
 
     info: ClassVar[MixerInfo]
     Options: ClassVar[type[MixerOptions]]
     branches: ClassVar[tuple[str, ...]] = ()
     provides_weights: ClassVar[bool] = False
+    needs_hidden: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         """Args: the site, validated options, and the layer's index in the cache, if it has one."""
@@ -98,6 +106,11 @@ class Mixer(nn.Module):
             return f"{cls.info.name} has no form for cross attention"
         if site.sinks:
             return f"{cls.info.name} has no form for a learned sink in the softmax"
+        if cls.needs_hidden and not site.hidden_dim:
+            return (
+                f"{cls.info.name} reads what the projections read, and query, key and value of "
+                "this block do not come from one tensor (cross attention, or added positions)"
+            )
         return None
 
     @classmethod
@@ -119,24 +132,8 @@ class Mixer(nn.Module):
         """A length at which every part of the mechanism is at work (for the run-time contracts)."""
         return 48
 
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        valid: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        state: State | None,
-    ) -> tuple[torch.Tensor, State | None]:
-        """Mix n new tokens after those in `state`.
-
-        Args:
-            q, k, v: (B, H, n, Dk), (B, Hkv, n, Dk), (B, Hkv, n, Dv).
-            valid: (B, n) bool, False at padding; None means all valid.
-            bias: (1|B, 1|H, 1|n, seen + n) additive bias of the logits, or None.
-            state: tensors of `state_spec`, or None when the sequence starts here and nothing
-                is kept.
+    def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
+        """Mix n new tokens after those in `x.state`.
 
         Returns:
             (B, H, n, Dv) in the dtype of v, and the new state (None if none was given).
@@ -151,6 +148,7 @@ class Mixer(nn.Module):
         terms: Terms = (),
         cache: Any = None,
         need_weights: bool = False,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Called by the emitted module.
 
@@ -161,9 +159,14 @@ class Mixer(nn.Module):
             UnsupportedError: the cache or a mask cannot be served.
         """
         batch, new = q.shape[0], q.shape[-2]
+        if self.needs_hidden and hidden is None:
+            raise UnsupportedError(
+                f"'{self.site.fqn}': {self.info.name} needs the input of the projections, which "
+                "this call does not hand to the core; keep this layer's original attention"
+            )
         if cache is None or self.site.kind == "bidirectional":
             split = site_terms.split(self.site, terms, 0, new).of_batch(batch)
-            out, _ = self.mix(q, k, v, valid=split.valid, bias=split.bias, state=None)
+            out, _ = self.mix(Tokens(q, k, v, hidden, split.valid, split.bias))
             return out, None
         if self.layer is None:
             raise UnsupportedError(
@@ -173,7 +176,7 @@ class Mixer(nn.Module):
         layer = generation.layer_of(cache, self.layer, self._spec)
         split = site_terms.split(self.site, terms, layer.seen, new).of_batch(batch)
         state = layer.load(self.site, batch, v.dtype, v.device)
-        out, after = self.mix(q, k, v, valid=split.valid, bias=split.bias, state=state)
+        out, after = self.mix(Tokens(q, k, v, hidden, split.valid, split.bias, state))
         if after is not None:
             layer.store(after, new)
         return out, None

@@ -60,6 +60,22 @@ def test_projections(case):
             assert projections[name].module.startswith(expected.owner.format(i))
 
 
+def test_the_stream_behind_the_projections(case):
+    """`hidden` is the (batch, token, channel) tensor that all three projections read."""
+    here = found(*case)
+    values = values_of(here.captured, ZOO[case[0]].inputs())
+    for item in here.result.matches:
+        if case[0] == "torch-encoder":  # it reads (token, batch, channel)
+            assert (item.site.hidden_dim, item.nodes.hidden) == (0, None)
+            continue
+        assert item.site.hidden_dim == 64
+        assert item.nodes.hidden is not None
+        hidden, query = values[item.nodes.hidden], item.nodes.query
+        sizes = dict(zip(query.layout.dims, values[query.node].shape, strict=True))
+        assert hidden.shape[1:] == (sizes[("token",)], 64)
+        assert sizes.get(("batch",), hidden.shape[0]) == hidden.shape[0]
+
+
 def test_description_alone_rebuilds_the_core(case):
     """The independent check: what the site says must compute what the graph computes."""
     here = found(*case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from mixer_sites import make_site
 
 from rewriter.mixers.base import Mixer
+from rewriter.mixers.tokens import Tokens
 from rewriter.passes.verify.cores import check_core
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
@@ -32,35 +34,35 @@ Correct = running_mean()
 class WrongHeads(Correct):  # type: ignore[misc, valid-type]
     """Tiles the key/value heads instead of repeating each."""
 
-    def mix(self, q: Any, k: Any, v: Any, **given: Any) -> Any:
-        out, state = super().mix(q, k, v, **given)
+    def mix(self, x: Tokens) -> Any:
+        out, state = super().mix(x)
         group = self.site.heads.group
         kept = out[:, ::group]
         return torch.cat([kept] * group, dim=1), state
 
 
 class ForgetsItsState(Correct):  # type: ignore[misc, valid-type]
-    def mix(self, q: Any, k: Any, v: Any, *, state: Any, **given: Any) -> Any:
-        out, _ = super().mix(q, k, v, state=None, **given)
-        return out, state
+    def mix(self, x: Tokens) -> Any:
+        out, _ = super().mix(replace(x, state=None))
+        return out, x.state
 
 
 class SeesTheFuture(Correct):  # type: ignore[misc, valid-type]
-    def mix(self, q: Any, k: Any, v: Any, **given: Any) -> Any:
-        out, state = super().mix(q, k, v, **given)
-        return out + 0.1 * v.mean(2, keepdim=True).repeat_interleave(
+    def mix(self, x: Tokens) -> Any:
+        out, state = super().mix(x)
+        return out + 0.1 * x.v.mean(2, keepdim=True).repeat_interleave(
             self.site.heads.group, 1
         ), state
 
 
 class IgnoresPadding(Correct):  # type: ignore[misc, valid-type]
-    def mix(self, q: Any, k: Any, v: Any, *, valid: Any, **given: Any) -> Any:
-        return super().mix(q, k, v, valid=None, **given)
+    def mix(self, x: Tokens) -> Any:
+        return super().mix(replace(x, valid=None))
 
 
 class MixesTheBatch(Correct):  # type: ignore[misc, valid-type]
-    def mix(self, q: Any, k: Any, v: Any, **given: Any) -> Any:
-        out, state = super().mix(q, k, v, **given)
+    def mix(self, x: Tokens) -> Any:
+        out, state = super().mix(x)
         return out + 0.1 * out.mean(0, keepdim=True), state
 
 

@@ -74,6 +74,7 @@ class Keep(Mixer):
         terms: Terms = (),
         cache: Any = None,
         need_weights: bool = False,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`; the state is an ordinary cache layer."""
         seen = 0

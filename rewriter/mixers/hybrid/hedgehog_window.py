@@ -25,13 +25,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from rewriter.backends.registry import resolve
 from rewriter.ir.kernels import JointWindowLinear, state_of
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State, StateSpec
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
 from rewriter.mixers.linear.features import map_pair
 from rewriter.mixers.linear.hedgehog import feature_dim, refuse_map
+from rewriter.mixers.tokens import Tokens, run
 
 
 class HedgehogWindowOptions(MixerOptions):
@@ -104,22 +104,10 @@ class HedgehogWindow(Mixer):
         assert isinstance(self.options, HedgehogWindowOptions)
         return self.options.window + self.options.sinks + 16
 
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        valid: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        state: State | None,
-    ) -> tuple[torch.Tensor, State | None]:
+    def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         spec = replace(self.spec, hidden=self.disabled) if self.disabled else self.spec
-        kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
         ratio = self.log_ratio.float().exp()
-        return kernel.run(  # type: ignore[no-any-return]
-            q, k, v, self.map_q(q), self.map_k, ratio, valid=valid, state=state
-        )
+        return run(spec, x, x.q, x.k, x.v, self.map_q(x.q), self.map_k, ratio)
 
     def weights(
         self, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None = None

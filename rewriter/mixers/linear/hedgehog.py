@@ -14,13 +14,13 @@ import sympy
 import torch
 from pydantic import Field
 
-from rewriter.backends.registry import resolve
 from rewriter.ir.mask import Causal, KeyPadding
 from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State, StateSpec
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
 from rewriter.mixers.linear.features import map_pair
+from rewriter.mixers.tokens import Tokens, run
 
 
 class HedgehogOptions(MixerOptions):
@@ -69,20 +69,8 @@ class Hedgehog(Mixer):
         maps = 2 * BATCH * (HEADS + KV_HEADS) * TOKENS * KEY_DIM * width
         return maps + 4 * BATCH * HEADS * TOKENS * 2 * width * (VALUE_DIM + 1)
 
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        valid: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        state: State | None,
-    ) -> tuple[torch.Tensor, State | None]:
-        kernel = resolve(self.spec, q.device, v.dtype, torch.is_grad_enabled())
-        return kernel.run(  # type: ignore[no-any-return]
-            self.map_q(q), self.map_k(k), v, valid=valid, state=state
-        )
+    def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
+        return run(self.spec, x, self.map_q(x.q), self.map_k(x.k), x.v)
 
     def weights(
         self, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None = None

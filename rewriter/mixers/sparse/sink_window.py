@@ -15,12 +15,12 @@ import sympy
 import torch
 from pydantic import Field
 
-from rewriter.backends.registry import resolve
 from rewriter.ir.kernels import WindowAttention, state_of
 from rewriter.ir.mask import Causal, KeyPadding, SymmetricWindow, Window
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State, StateSpec
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
+from rewriter.mixers.tokens import Tokens, run
 
 _UNDERSTOOD = (Causal, KeyPadding, Window, SymmetricWindow)
 
@@ -94,16 +94,6 @@ class SinkWindow(Mixer):
         assert isinstance(self.options, SinkWindowOptions)
         return self.options.window + self.options.sinks + 16
 
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        valid: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        state: State | None,
-    ) -> tuple[torch.Tensor, State | None]:
+    def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         spec = replace(self.spec, hidden=self.disabled) if self.disabled else self.spec
-        kernel = resolve(spec, q.device, v.dtype, torch.is_grad_enabled())
-        return kernel.run(q, k, v, valid=valid, bias=bias, state=state)  # type: ignore[no-any-return]
+        return run(spec, x, bias=x.bias)
