@@ -75,6 +75,7 @@ class Fused(Keep):
         terms: Terms = (),
         cache: Any = None,
         need_weights: bool = False,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `Keep.forward`; the cache is written in place from here on."""
         if cache is not None and self.layer is not None:
