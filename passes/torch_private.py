@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from typing import Any, cast
 
 import sympy
@@ -69,6 +69,11 @@ def without_encoder_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def unwatched() -> AbstractContextManager[None, bool | None]:
+    """Inside it no torch function mode sees what is read off tensors."""
+    return torch._C.DisableTorchFunction()
 
 
 def region_of(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], bool] | None:

@@ -149,7 +149,8 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def _find(model: nn.Module, examples: Examples) -> Inspection:
-    captured = capture(model, examples.primary.args, examples.primary.kwargs)
+    primary, resized = examples.primary, examples.resized
+    captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
     if isinstance(captured, NearMiss):
         return Inspection((), (captured,))
     found = match(captured)

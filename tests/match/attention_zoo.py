@@ -12,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 from rewriter.passes.capture import Captured, capture
+from rewriter.passes.examples import examples_for
 from rewriter.passes.match import MatchResult, match
 
 VOCABULARY, LENGTH = 99, 12
@@ -362,6 +363,8 @@ def found(name: str, spelling: str) -> Found:
     """Capture and match once per session."""
     torch.manual_seed(0)
     module = ZOO[name].build(spelling).eval()
-    captured = capture(module, (), ZOO[name].inputs())
+    examples = examples_for(module, ZOO[name].inputs())
+    resized = (examples.resized.args, examples.resized.kwargs)
+    captured = capture(module, (), examples.primary.kwargs, resized=resized)
     assert isinstance(captured, Captured), captured.describe()
     return Found(module, captured, match(captured))
