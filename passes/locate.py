@@ -13,7 +13,13 @@ from rewriter.passes.capture import cache_switched_off
 from rewriter.passes.torch_private import without_encoder_fast_path
 
 _NAMES = frozenset(
-    {"softmax", "_safe_softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+    {
+        "softmax",
+        "_safe_softmax",
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+        "exp",
+    }
 )
 
 
@@ -42,8 +48,8 @@ def find_softmax_modules(
 ) -> tuple[str, ...]:
     """Run `module` once and return the paths of the modules that call a softmax, in order.
 
-    A softmax module of its own (`nn.Softmax`) counts for the module that calls it. Hand-written
-    exponentials are not seen. Raises whatever the module raises.
+    A softmax module of its own (`nn.Softmax`) counts for the module that calls it, and so does an
+    exponential, which may be part of a hand-written one. Raises whatever the module raises.
     """
     running: list[str] = [""]
     hooks = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,10 +13,9 @@ from torch import nn
 from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.evaluate.scoring import evaluation_mode
-from rewriter.ir.site import AttentionSite, NearMiss
-from rewriter.passes.capture import capture
-from rewriter.passes.examples import Examples, examples_for
-from rewriter.passes.match import match
+from rewriter.ir.site import NearMiss
+from rewriter.passes.examples import examples_for
+from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
 from rewriter.passes.verify import Level, SiteProof, prove_sites
 from rewriter.passes.verify import verify as run_contracts
@@ -29,14 +27,6 @@ M = TypeVar("M", bound=nn.Module)
 OnMiss = Literal["error", "warn", "ignore"]
 PolicyLike = Policy | str | Path | Mapping[str, Any]
 REPORT = "_rewrite_report"
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `inspect` found in a model."""
-
-    sites: tuple[AttentionSite, ...]
-    misses: tuple[NearMiss, ...]
 
 
 def rewrite(
@@ -74,7 +64,7 @@ def rewrite(
     clock = _Clock()
     examples = examples_for(model, example_inputs)
     with evaluation_mode(model):
-        found = _find(model, examples)
+        found = find(model, examples)
         clock.lap("find")
         _mind_misses(found.misses, on_miss)
         plan = _plan(policy, found)
@@ -113,7 +103,7 @@ def rewrite(
 def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """Find the attention of a model and say what was not understood; changes nothing."""
     with evaluation_mode(model):
-        return _find(model, examples_for(model, example_inputs))
+        return find(model, examples_for(model, example_inputs))
 
 
 def make_plan_for(
@@ -146,15 +136,6 @@ def plan_of(model: nn.Module) -> Plan:
     if plan is None:
         raise UsageError("this model was not made by rewriter.rewrite or rewriter.load")
     return plan
-
-
-def _find(model: nn.Module, examples: Examples) -> Inspection:
-    primary, resized = examples.primary, examples.resized
-    captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
-    if isinstance(captured, NearMiss):
-        return Inspection((), (captured,))
-    found = match(captured)
-    return Inspection(tuple(m.site for m in found.matches), found.misses)
 
 
 def _mind_misses(misses: Sequence[NearMiss], on_miss: OnMiss) -> None:

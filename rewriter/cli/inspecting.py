@@ -50,6 +50,8 @@ def inspect(
             _show_story(out, model, found.sites, found.misses, why)
             return
         out.show(*sites_view(found.sites, found.misses))
+        if found.whole is not None and found.parts:
+            out.show("", f"Parts were traced alone, since {found.whole.describe()}")
         if not found.sites:
             first = f"; first near miss: {found.misses[0].describe()}" if found.misses else ""
             raise NoSiteError(f"no attention was understood in {checkpoint}{first}")

@@ -1,0 +1,146 @@
+"""Finding the attention of a model: in one graph where it traces, else in the parts that do.
+
+A model whose forward cannot be captured as a whole (it looks at values, prints, leaves torch) still
+has modules that can. It is run once to see which modules compute a softmax; then the largest parts
+around these that can be captured alone are matched with the inputs they were called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from rewriter.ir.site import AttentionSite, NearMiss, Source
+from rewriter.passes.capture import capture
+from rewriter.passes.examples import Examples
+from rewriter.passes.locate import find_softmax_modules
+from rewriter.passes.match import match
+from rewriter.passes.realise.calls import Observed, observe
+from rewriter.passes.repeats import repeated
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a model.
+
+    Attributes:
+        sites: understood attention blocks, in the order they run.
+        misses: what looked like attention, or could not be traced, and why.
+        parts: modules that were captured alone, since the model as a whole does not trace;
+            with `whole` the reason of that. Masks that come from outside a part are opaque.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    misses: tuple[NearMiss, ...]
+    parts: tuple[str, ...] = ()
+    whole: NearMiss | None = None
+
+
+def find(model: nn.Module, examples: Examples) -> Inspection:
+    """Every attention block of the model that is understood, and a miss for every other one."""
+    primary, resized = examples.primary, examples.resized
+    captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
+    if not isinstance(captured, NearMiss):
+        found = match(captured)
+        return Inspection(tuple(m.site for m in found.matches), found.misses)
+    try:
+        inner = find_softmax_modules(model, primary.args, primary.kwargs)
+    except Exception:  # it does not even run; the reason of the capture says where
+        return Inspection((), (captured,))
+    if not inner or "" in inner:
+        return Inspection((), (captured,))
+    return _Parts(model, examples, inner).inspect(captured)
+
+
+class _Parts:
+    """Captures the largest traceable modules that hold a softmax."""
+
+    def __init__(self, model: nn.Module, examples: Examples, inner: Sequence[str]):
+        self.model = model
+        self.inner = inner
+        names = [name for name, _ in model.named_modules() if name and self._holds(name)]
+        self.first = observe(model, names, examples.primary)
+        self.second = observe(model, names, examples.resized)
+        calls = [(c.args, c.kwargs) for c in (examples.primary, examples.resized)]
+        groups = repeated(model, calls)
+        self.twins: Mapping[str, str] = {p: g[0] for g in groups for p in g[1:]}
+        self.known: dict[str, Inspection] = {}
+
+    def _holds(self, path: str) -> bool:
+        return any(i == path or i.startswith(f"{path}.") for i in self.inner)
+
+    def inspect(self, whole: NearMiss) -> Inspection:
+        found = list(self._below(""))
+        sites = [site for _, part in found for site in part.sites]
+        misses = [miss for _, part in found for miss in part.misses]
+        numbered = tuple(replace(site, index=n) for n, site in enumerate(sites))
+        if not sites:
+            misses.insert(0, whole)
+        parts = tuple(path for path, part in found if part.sites)
+        return Inspection(numbered, tuple(misses), parts, whole)
+
+    def _below(self, path: str) -> Iterator[tuple[str, Inspection]]:
+        children = self.model.get_submodule(path).named_children()
+        for name, _ in children:
+            child = f"{path}.{name}" if path else name
+            if self._holds(child):
+                yield from self._at(child)
+
+    def _at(self, path: str) -> Iterator[tuple[str, Inspection]]:
+        twin = self.twins.get(path)
+        if twin is not None and twin in self.known:
+            yield path, _moved(self.known[twin], twin, path)
+            return
+        calls = self.first[path]
+        part = self._alone(path, calls) if len(calls) == 1 else None
+        if part is not None and part.whole is None:
+            self.known[path] = part
+            yield path, part
+            return
+        yield from self._below(path)
+        if path in self.inner:
+            reason = f"the module runs {len(calls)} times in one forward pass"
+            miss = NearMiss("capture", reason, Source("forward", path))
+            yield path, part or Inspection((), (miss,))
+
+    def _alone(self, path: str, calls: Sequence[Observed]) -> Inspection:
+        module = self.model.get_submodule(path)
+        again = self.second[path]
+        resized = ((), again[0].named) if len(again) == 1 else None
+        captured = capture(module, (), calls[0].named, resized=resized)
+        if isinstance(captured, NearMiss):
+            miss = _inside(captured, path)
+            return Inspection((), (miss,), whole=miss)
+        found = match(captured)
+        part = Inspection(tuple(m.site for m in found.matches), found.misses)
+        return _moved(part, "", path)
+
+
+def _moved(part: Inspection, old: str, new: str) -> Inspection:
+    """What was found in the module at `old`, as it reads for its twin at `new`."""
+
+    def path(name: str) -> str:
+        rest = name.removeprefix(old).removeprefix(".")
+        return ".".join(p for p in (new, rest) if p)
+
+    sites = tuple(
+        replace(
+            site,
+            fqn=path(site.fqn),
+            source=replace(site.source, module=path(site.source.module)),
+            projections={
+                name: replace(p, module=path(p.module))
+                for name, p in (site.projections or {}).items()
+            },
+        )
+        for site in part.sites
+    )
+    return replace(part, sites=sites, misses=tuple(_inside(m, new, old) for m in part.misses))
+
+
+def _inside(miss: NearMiss, new: str, old: str = "") -> NearMiss:
+    rest = miss.source.module.removeprefix(old).removeprefix(".")
+    module = ".".join(p for p in (new, rest) if p)
+    return replace(miss, source=replace(miss.source, module=module))
