@@ -11,6 +11,7 @@ from tiny_models import EinsumAttention, Residual
 from torch import nn
 
 import rewriter
+from rewriter.passes.find import Inspection
 
 
 class Undecided(nn.Module):
@@ -47,14 +48,14 @@ class Untraceable(EinsumAttention):
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[nn.Module, rewriter.Inspection]:
+def found() -> tuple[nn.Module, Inspection]:
     torch.manual_seed(0)
     layers = [Residual(EinsumAttention()) for _ in range(2)]
     model = Undecided([*layers, LeavesTorch(), Untraceable()]).eval()
     return model, rewriter.inspect(model, torch.randn(2, 9, 64))
 
 
-def test_every_part_that_traces_is_found(found: tuple[nn.Module, rewriter.Inspection]) -> None:
+def test_every_part_that_traces_is_found(found: tuple[nn.Module, Inspection]) -> None:
     _, here = found
     owners = ["layers.0.attention", "layers.1.attention", "layers.2.inner"]
     assert [site.fqn for site in here.sites] == owners
@@ -71,7 +72,7 @@ def test_every_part_that_traces_is_found(found: tuple[nn.Module, rewriter.Inspec
 
 
 def test_what_does_not_trace_is_named_with_file_and_line(
-    found: tuple[nn.Module, rewriter.Inspection],
+    found: tuple[nn.Module, Inspection],
 ) -> None:
     _, here = found
     assert here.whole is not None
@@ -81,7 +82,7 @@ def test_what_does_not_trace_is_named_with_file_and_line(
         assert miss.source.line is not None
 
 
-def test_the_parts_are_rewritten(found: tuple[nn.Module, rewriter.Inspection]) -> None:
+def test_the_parts_are_rewritten(found: tuple[nn.Module, Inspection]) -> None:
     model, _ = found
     x = torch.randn(3, 12, 64)
     result = rewriter.rewrite(model, "identity", torch.randn(2, 9, 64), on_miss="ignore")
