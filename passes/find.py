@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite, NearMiss, Source
-from rewriter.passes.capture import capture
+from rewriter.passes.capture import Captured, capture
 from rewriter.passes.examples import Examples
 from rewriter.passes.locate import find_softmax_modules
 from rewriter.passes.match import match
+from rewriter.passes.match.mlp import match_mlps
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.repeats import repeated
 
@@ -28,6 +30,8 @@ class Inspection:
     Attributes:
         sites: understood attention blocks, in the order they run.
         misses: what looked like attention, or could not be traced, and why.
+        mlps: understood MLP blocks, in the order they run.
+        mlp_misses: what looked like an MLP block, and why it is none.
         parts: modules that were captured alone, since the model as a whole does not trace;
             with `whole` the reason of that. Masks that come from outside a part are opaque.
     """
@@ -36,6 +40,8 @@ class Inspection:
     misses: tuple[NearMiss, ...]
     parts: tuple[str, ...] = ()
     whole: NearMiss | None = None
+    mlps: tuple[MlpSite, ...] = ()
+    mlp_misses: tuple[NearMiss, ...] = ()
 
 
 def find(model: nn.Module, examples: Examples) -> Inspection:
@@ -43,8 +49,7 @@ def find(model: nn.Module, examples: Examples) -> Inspection:
     primary, resized = examples.primary, examples.resized
     captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
     if not isinstance(captured, NearMiss):
-        found = match(captured)
-        return Inspection(tuple(m.site for m in found.matches), found.misses)
+        return _matched(captured)
     try:
         inner = find_softmax_modules(model, primary.args, primary.kwargs)
     except Exception:  # it does not even run; the reason of the capture says where
@@ -52,6 +57,16 @@ def find(model: nn.Module, examples: Examples) -> Inspection:
     if not inner or "" in inner:
         return Inspection((), (captured,))
     return _Parts(model, examples, inner).inspect(captured)
+
+
+def _matched(captured: Captured) -> Inspection:
+    found, mlps = match(captured), match_mlps(captured)
+    return Inspection(
+        tuple(m.site for m in found.matches),
+        found.misses,
+        mlps=tuple(m.site for m in mlps.matches),
+        mlp_misses=mlps.misses,
+    )
 
 
 class _Parts:
@@ -76,10 +91,17 @@ class _Parts:
         sites = [site for _, part in found for site in part.sites]
         misses = [miss for _, part in found for miss in part.misses]
         numbered = tuple(replace(site, index=n) for n, site in enumerate(sites))
+        mlps = [mlp for _, part in found for mlp in part.mlps]
         if not sites:
             misses.insert(0, whole)
-        parts = tuple(path for path, part in found if part.sites)
-        return Inspection(numbered, tuple(misses), parts, whole)
+        return Inspection(
+            numbered,
+            tuple(misses),
+            tuple(path for path, part in found if part.sites),
+            whole,
+            tuple(replace(mlp, index=n) for n, mlp in enumerate(mlps)),
+            tuple(miss for _, part in found for miss in part.mlp_misses),
+        )
 
     def _below(self, path: str) -> Iterator[tuple[str, Inspection]]:
         children = self.model.get_submodule(path).named_children()
@@ -113,9 +135,7 @@ class _Parts:
         if isinstance(captured, NearMiss):
             miss = _inside(captured, path)
             return Inspection((), (miss,), whole=miss)
-        found = match(captured)
-        part = Inspection(tuple(m.site for m in found.matches), found.misses)
-        return _moved(part, "", path)
+        return _moved(_matched(captured), "", path)
 
 
 def _moved(part: Inspection, old: str, new: str) -> Inspection:
@@ -137,7 +157,13 @@ def _moved(part: Inspection, old: str, new: str) -> Inspection:
         )
         for site in part.sites
     )
-    return replace(part, sites=sites, misses=tuple(_inside(m, new, old) for m in part.misses))
+    return replace(
+        part,
+        sites=sites,
+        misses=tuple(_inside(m, new, old) for m in part.misses),
+        mlps=tuple(mlp.renamed(path) for mlp in part.mlps),
+        mlp_misses=tuple(_inside(m, new, old) for m in part.mlp_misses),
+    )
 
 
 def _inside(miss: NearMiss, new: str, old: str = "") -> NearMiss:

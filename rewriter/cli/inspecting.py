@@ -29,7 +29,7 @@ def inspect(
     threads: Threads = None,
     traceback: Traceback = False,
 ) -> None:
-    """Find the attention blocks of a model, and say what was not understood and why.
+    """Find the attention and MLP blocks of a model, and say what was not understood and why.
 
     Nothing is changed. Of a rewritten checkpoint its plan is shown. The exit code is 4 if no
     attention was understood.
@@ -40,6 +40,7 @@ def inspect(
             _show_rewritten(out, checkpoint, why)
             return
         from rewriter.api import inspect as find
+        from rewriter.cli.show_mlps import mlps_view
         from rewriter.cli.show_sites import sites_view, summary
 
         with out.working("loading the model"):
@@ -49,7 +50,8 @@ def inspect(
         if why is not None:
             _show_story(out, model, found.sites, found.misses, why)
             return
-        out.show(*sites_view(found.sites, found.misses))
+        mlps = mlps_view(found.mlps, found.mlp_misses)
+        out.show(*sites_view(found.sites, found.misses, mlps))
         if found.whole is not None and found.parts:
             out.show("", f"Parts were traced alone, since {found.whole.describe()}")
         if not found.sites:
@@ -60,6 +62,8 @@ def inspect(
                 "checkpoint": str(checkpoint),
                 "sites": [site.to_json() for site in found.sites],
                 "misses": [miss.to_json() for miss in found.misses],
+                "mlps": [site.to_json() for site in found.mlps],
+                "mlp_misses": [miss.to_json() for miss in found.mlp_misses],
                 "summary": summary(found.sites, found.misses),
             }
         )

@@ -33,8 +33,16 @@ class Acceptance:
     refusal: str | None
 
 
-def sites_view(sites: Sequence[AttentionSite], misses: Sequence[NearMiss]) -> list[RenderableType]:
-    """All sites one a line, the facts that many of them share below, then the near misses."""
+def sites_view(
+    sites: Sequence[AttentionSite],
+    misses: Sequence[NearMiss],
+    others: Sequence[RenderableType] = (),
+) -> list[RenderableType]:
+    """All sites one a line, the facts that many of them share below, then the near misses.
+
+    Args:
+        others: what else was found, shown before the summary.
+    """
     parts: list[RenderableType] = []
     if sites:
         details = {site.index: _details(site) for site in sites}
@@ -52,8 +60,8 @@ def sites_view(sites: Sequence[AttentionSite], misses: Sequence[NearMiss]) -> li
             parts += [heading(title if several else "all of them"), facts(detail)]
     if misses:
         parts.append(heading(plural(len(misses), "near miss", "near misses")))
-        parts.append(bullets(_miss_lines(misses)))
-    parts.append(heading(summary(sites, misses)))
+        parts.append(bullets(miss_lines(misses)))
+    parts += [*others, heading(summary(sites, misses))]
     return parts
 
 
@@ -115,7 +123,7 @@ def mask_words(mask: Mask) -> str:
     return mask.describe().replace(" & ", ", ").replace("key_padding", "padding")
 
 
-def _miss_lines(misses: Sequence[NearMiss]) -> list[tuple[str, str]]:
+def miss_lines(misses: Sequence[NearMiss]) -> list[tuple[str, str]]:
     return [
         (
             "-",

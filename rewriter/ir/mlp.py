@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from rewriter.ir.site import Source
@@ -130,6 +130,28 @@ class MlpSite:
         """Names of all parameters of the projections, each once."""
         names = [n for m in self.maps for n in (m.weight, m.bias) if n is not None]
         return tuple(dict.fromkeys(names))
+
+    def renamed(self, rename: Callable[[str], str]) -> MlpSite:
+        """The site with every path and parameter name changed."""
+
+        def part(item: ChannelMap | None) -> ChannelMap | None:
+            if item is None:
+                return None
+            bias = None if item.bias is None else rename(item.bias)
+            return replace(item, weight=rename(item.weight), bias=bias, module=rename(item.module))
+
+        up, down = part(self.up), part(self.down)
+        assert up is not None and down is not None
+        learned = tuple(rename(name) for name in self.activation.learned)
+        return replace(
+            self,
+            fqn=rename(self.fqn),
+            source=replace(self.source, module=rename(self.source.module)),
+            activation=replace(self.activation, learned=learned),
+            up=up,
+            down=down,
+            gate=part(self.gate),
+        )
 
     def core_facts(self) -> dict[str, Any]:
         """Everything a core depends on besides the weights; names are relative to the owner."""
