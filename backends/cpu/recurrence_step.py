@@ -5,19 +5,85 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewriter.backends.cpu.build import NoKernel, load
 from rewriter.backends.cpu.recurrence_unit import step_unit
-from rewriter.backends.cpu.target import host_target
+from rewriter.backends.cpu.target import Target, host_target
 from rewriter.ir.recurrence import Recurrence
 
 PARALLEL = 1 << 18  # state elements from which a step is worth waking threads
 Step = Callable[..., tuple[Tensor, Tensor]]
 _PACK = struct.Struct("17q").pack
+
+
+def fixed_step(
+    spec: Recurrence,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    state: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    erase: Tensor | None = None,
+    add: Tensor | None = None,
+    bonus: Tensor | None = None,
+) -> Callable[[], object] | NoKernel:
+    """A step on fixed buffers: each call reads the inputs as they are now, and writes the rest.
+
+    Nothing is allocated, checked or looked up in a call, so it costs little more than its
+    arithmetic: the form for a decoding loop whose buffers do not move.
+
+    Args:
+        q, k, v: (B, H, n, Dk), (B, Hkv, n, Dk), (B, Hkv, n, Dv) of one dtype.
+        out: (B, H, n, Dv), written.
+        state: (B, Hkv, Dk, state_width) float32, updated in place.
+        decay, beta, erase, add, bonus: as the spec has them, float32.
+
+    Raises:
+        ValueError: a tensor is not contiguous, or not of the dtype or shape above.
+    """
+    target = host_target()
+    if isinstance(target, str):
+        return NoKernel(target)
+    kernel = _kernel(spec, v.dtype, target)
+    if isinstance(kernel, NoKernel):
+        return kernel
+    rows, heads, tokens, _ = q.shape
+    shape = (rows, k.shape[1], spec.key_dim, spec.state_width)
+    gates = (decay, beta, erase, add, bonus)
+    if tuple(state.shape) != shape or tuple(out.shape) != (rows, heads, tokens, spec.value_dim):
+        raise ValueError(f"the state of this step is {shape}, its output {(*q.shape[:3], '...')}")
+    if any(t.dtype != v.dtype for t in (q, k, out)) or any(
+        t is not None and t.dtype != torch.float32 for t in (*gates, state)
+    ):
+        raise ValueError("q, k, v and out share a dtype; gates and state are float32")
+    held = [t for t in (q, k, v, *gates, state, out) if t is not None]
+    if not all(t.is_contiguous() for t in held):
+        raise ValueError("the buffers of a fixed step are contiguous")
+    address = [0 if t is None else t.data_ptr() for t in (q, k, v, *gates, state, state, out)]
+    large = state.numel() >= PARALLEL
+    packed = _PACK(
+        *address, 0, heads, k.shape[1], tokens, rows, torch.get_num_threads() if large else 1
+    )
+    step = partial(kernel, packed)
+    step.__dict__["buffers"] = held  # they live as long as the step
+    return step
+
+
+def _kernel(spec: Recurrence, dtype: torch.dtype, target: Target) -> Any | NoKernel:
+    library = load(step_unit(spec, dtype, target))
+    if isinstance(library, NoKernel):
+        return library
+    kernel = library.recurrence_step
+    kernel.argtypes, kernel.restype = (ctypes.c_char_p,), None
+    return kernel
 
 
 @lru_cache(maxsize=256)
@@ -31,11 +97,9 @@ def stepper(spec: Recurrence, dtype: torch.dtype) -> Step | NoKernel:
     target = host_target()
     if isinstance(target, str):
         return NoKernel(target)
-    library = load(step_unit(spec, dtype, target))
-    if isinstance(library, NoKernel):
-        return library
-    kernel = library.recurrence_step
-    kernel.argtypes, kernel.restype = (ctypes.c_char_p,), None
+    kernel = _kernel(spec, dtype, target)
+    if isinstance(kernel, NoKernel):
+        return kernel
     key_dim, value_dim, width = spec.key_dim, spec.value_dim, spec.state_width
     empty, float32, threads_of = torch.empty, torch.float32, torch.get_num_threads
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rewriter.backends.cpu.build import NoKernel
+from rewriter.backends.cpu.recurrence_step import fixed_step
 from rewriter.backends.reference.backend import ReferenceBackend
 from rewriter.backends.registry import Query, resolve
 from rewriter.ir.block_sparse import CAUSAL, BlockSparse, causal_window
@@ -146,6 +148,9 @@ def recurrent_step(s: Setting, compiled: bool) -> Prepared:
         return kernel.run(q, k, v, decay=gate, state=state)
 
     contenders: dict[str, Run] = {"ours": ours, "torch form": torch_form}
+    fixed = fixed_step(spec, q, k, v, torch.empty_like(q), torch.clone(state["S"]), decay=gate)
+    if not isinstance(fixed, NoKernel):
+        contenders["ours, fixed buffers"] = fixed
     if s.heads != s.kv_heads:
         del contenders["torch form"]
     return Prepared(contenders, kernel.backend, kernel.declined, 0.0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewriter.backends.cpu import recurrence as cpu
 from rewriter.backends.cpu.build import NoKernel, find_compiler
+from rewriter.backends.cpu.recurrence_step import fixed_step
 from rewriter.backends.inputs import RecurrenceInputs
 from rewriter.backends.reference.recurrence.kernel import recurrence
 from rewriter.ir.recurrence import Recurrence
@@ -293,3 +294,36 @@ def test_a_sequence_split_over_threads_gives_the_same() -> None:
 def test_declines_say_why(spec: Recurrence, dtype: torch.dtype, grad: bool, reason: str) -> None:
     said = cpu.decline(spec, dtype, grad)
     assert said is not None and reason in said
+
+
+@pytest.mark.parametrize("spec", [CHANNEL_DELTA, TOKEN, BONUS, UNTIED], ids=str)
+def test_a_fixed_step_updates_its_buffers(spec: Recurrence) -> None:
+    call = call_of(spec, 5, batch=2, state=True)
+    expected, last = token_loop(spec, call)
+    assert call.state is not None
+    state = call.state["S"].float().clone()
+    out = torch.empty(*call.q.shape[:2], 1, spec.value_dim)
+    first = call.part(spec, slice(0, 1), None)
+    buffers = {n: t.contiguous().clone() for n, t in first.tensors().items()}
+    step = fixed_step(spec, out=out, state=state, **buffers)
+    assert not isinstance(step, NoKernel)
+    for t in range(5):
+        for name, value in call.part(spec, slice(t, t + 1), None).tensors().items():
+            buffers[name].copy_(value)
+        step()
+        close(out, expected[:, :, t : t + 1])
+    close(state, last["S"])
+
+
+def test_a_fixed_step_refuses_what_it_cannot_read() -> None:
+    call = call_of(TOKEN, 1, batch=1, state=True)
+    assert call.state is not None and call.decay is not None
+    state = call.state["S"]
+    out = torch.empty(*call.q.shape[:2], 1, TOKEN.value_dim)
+    with pytest.raises(ValueError, match="contiguous"):
+        wide = torch.zeros(*call.q.shape[:-1], 2 * call.q.shape[-1])[..., ::2]
+        fixed_step(TOKEN, wide, call.k, call.v, out, state, decay=call.decay)
+    with pytest.raises(ValueError, match="float32"):
+        fixed_step(TOKEN, call.q, call.k, call.v, out, state.double(), decay=call.decay)
+    with pytest.raises(ValueError, match="state of this step"):
+        fixed_step(TOKEN, call.q, call.k, call.v, out, state[:, :, 1:], decay=call.decay)
