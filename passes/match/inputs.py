@@ -39,12 +39,10 @@ def mask_inputs(
             return f"the mask depends on '{node.name}', which is no tensor"
         example = example_of(node, view)
         over_tokens = [bool(symbolic_expression(s).free_symbols & tokens) for s in val.shape]
-        if val.dim() >= 3 or sum(over_tokens) >= 2:
-            if val.is_floating_point() and not (over_tokens and over_tokens[-1]):
-                return f"the mask depends on the activation '{node.name}'"
-            return "mask is an input of the captured module"
         kind = _kind(example)
-        if kind is None:
+        if val.is_floating_point() and val.dim() >= 3 and not (over_tokens and over_tokens[-1]):
+            return f"the mask depends on the activation '{node.name}'"
+        if sum(over_tokens) >= 2 or kind is None or (val.dim() >= 3 and kind != "padding"):
             return "mask is an input of the captured module"
         out.append(MaskInput(node, kind, int(example.max()) + 1))
     return tuple(out)

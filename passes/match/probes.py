@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import sympy
 import torch
 from torch import fx
 
-from rewriter.passes.match.inputs import MaskInput
+from rewriter.passes.match.inputs import MaskInput, example_of
 from rewriter.passes.match.probe import Probe, number
 from rewriter.passes.match.terms import Term, read
 from rewriter.passes.match.view import View
 from rewriter.passes.normalise.ops import value
+from rewriter.passes.torch_private import symbolic_expression
 
 GENERIC = 11
 """A length that no model has as a window."""
@@ -32,9 +34,30 @@ class Prober:
         return bool(self.tokens[0].free_symbols)
 
     def sizes(self, length: int) -> dict[sympy.Symbol, int]:
-        """Symbol values; keys that count on their own get another length than queries."""
-        queries, keys = (e.free_symbols for e in self.tokens)
-        return {**dict.fromkeys(keys, length + 5), **dict.fromkeys(queries, length)}
+        """Symbol values that give about `length` queries; keys that count on their own get more."""
+        queries, keys = self.tokens
+        known = {**_giving(keys, length + 5), **_giving(queries, length)}
+        return {**_alike(known, self.examples), **known}
+
+    @cached_property
+    def examples(self) -> dict[sympy.Symbol, int]:
+        """What each size symbol was in the captured call."""
+        out: dict[sympy.Symbol, int] = {}
+        for node in self.view.graph.find_nodes(op="placeholder"):
+            val = value(node)
+            if val is None or node.name not in self.view.captured.inputs:
+                continue
+            for size, number_ in zip(val.shape, example_of(node, self.view).shape, strict=True):
+                if (symbol := symbolic_expression(size)).is_Symbol:
+                    out[symbol] = int(number_)
+        return out
+
+    def plain_padding(self, terms: Sequence[Term], keys: int) -> bool:
+        """Whether every padding input says for each key whether it is padded."""
+        sizes = self.sizes(GENERIC)
+        inputs = (i for t in terms for i in t.inputs if i.kind == "padding")
+        shapes = [_shape(i.node, sizes) for i in inputs]
+        return all(len(shape) == 2 and shape[-1] == keys for shape in shapes)
 
     def rows(self, term: Term) -> int:
         """Batch size that the padding inputs of a term have in a probe."""
@@ -55,10 +78,12 @@ class Prober:
         length: int,
         positions: torch.Tensor | None = None,
         whole: bool = True,
-        padding: torch.Tensor | None = None,
+        padding: torch.Tensor | int | None = None,
         seed: int = 0,
     ) -> Probe:
-        """Inputs that hide nothing, or `padding` ((B, N) bool, True is valid) for padding inputs.
+        """Inputs that hide nothing, or `padding` for padding inputs.
+
+        `padding` is (B, N) bool, True is valid, or the number of one of `loose_padding`'s patterns.
 
         With sampled `positions`, inputs reach up to the largest position (`whole`: masks that
         gather by position) or hold one entry per sample.
@@ -71,7 +96,10 @@ class Prober:
             if positions is not None and whole:
                 shape[-1] = int(positions.max()) + 1
             if item.kind == "padding":
-                valid = torch.ones(shape) if padding is None else padding.expand(shape).float()
+                if isinstance(padding, int):
+                    valid = loose_padding(shape, padding)
+                else:
+                    valid = torch.ones(shape) if padding is None else padding.expand(shape).float()
                 out = valid if self._ones_are_valid(term, item) else 1 - valid
             elif item.kind == "positions":
                 sampled = positions is not None and not whole
@@ -108,6 +136,56 @@ def padding_patterns(length: int, rows: int = 2) -> tuple[torch.Tensor, ...]:
     both[1, length - 2 :] = False
     order = torch.arange(rows) % 2
     return right[order], left[order], both[order]
+
+
+LOOSE_PATTERNS = 5
+
+
+def loose_padding(shape: Sequence[int], pattern: int) -> torch.Tensor:
+    """A padding input of any shape, 1 is valid: cut on the right, on the left, or at random."""
+    if pattern >= 2:
+        generator = torch.Generator().manual_seed(pattern)
+        return (torch.rand(tuple(shape), generator=generator) > 0.3).float()
+    out = torch.ones(tuple(shape))
+    width = shape[-1]
+    if pattern == 0:
+        out[0, ..., (2 * width) // 3 :] = 0
+    else:
+        out[0, ..., : max(width // 4, 1)] = 0
+    return out
+
+
+def _alike(
+    known: Mapping[sympy.Symbol, int], examples: Mapping[sympy.Symbol, int]
+) -> dict[sympy.Symbol, int]:
+    """Values for symbols that were as large as a known one: a sound and its mask, say."""
+    values = {examples[s]: v for s, v in known.items() if s in examples}
+    return {s: values[n] for s, n in examples.items() if n in values}
+
+
+_MOST = 1 << 24
+
+
+def _giving(tokens: sympy.Expr, length: int) -> dict[sympy.Symbol, int]:
+    """Values of the symbols of a growing expression at which it first reaches `length`.
+
+    Most models count tokens by a symbol of its own; behind convolutions it is a formula of the
+    number of samples.
+    """
+    symbols = tokens.free_symbols
+    if len(symbols) != 1 or tokens in symbols:
+        return dict.fromkeys(symbols, length)
+    (symbol,) = symbols
+    low, high = 1, 2
+    while high < _MOST and int(tokens.subs(symbol, high)) < length:
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if int(tokens.subs(symbol, middle)) < length:
+            low = middle
+        else:
+            high = middle
+    return {symbol: high}
 
 
 def _shape(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> list[int]:

@@ -14,7 +14,7 @@ from rewriter.passes.match import mask as masks
 from rewriter.passes.match.draft import Draft, Labelled
 from rewriter.passes.match.heads import Operands
 from rewriter.passes.match.probe import Probe, ProbeError
-from rewriter.passes.match.probes import GENERIC, Prober, padding_patterns
+from rewriter.passes.match.probes import GENERIC, LOOSE_PATTERNS, Prober, padding_patterns
 from rewriter.passes.match.slices import integer_constants
 from rewriter.passes.match.terms import Term, read, term_of
 from rewriter.passes.match.view import View
@@ -193,6 +193,8 @@ class _Evaluation:
             return False
         verdicts: set[bool] = set()
         queries, keys = self.prober.counts(self.prober.probe(self.terms[0], GENERIC))
+        if not self.prober.plain_padding(self.terms, keys):
+            return self._loose_padding(mask)
         for valid in padding_patterns(keys, max(self.prober.rows(t) for t in self.terms)):
             probes = [self.prober.probe(t, GENERIC, padding=valid) for t in self.terms]
             base = mask.dense(torch.arange(queries), torch.arange(keys))
@@ -206,7 +208,10 @@ class _Evaluation:
             if seen.shape != shape:
                 return "padding was given for other keys than the mask hides"
             wanted = base & valid[:, None, None, :]
-            alive = wanted.any(-1, keepdim=True)  # rows without a key are free to hold anything
+            # Rows without a key are free to hold anything, and padded queries to see nothing.
+            alive = wanted.any(-1, keepdim=True)
+            if queries == keys:
+                alive = alive & (seen.any(-1, keepdim=True) | valid[:, None, :, None])
             if torch.equal(seen & alive, wanted & alive):
                 verdicts.add(True)
             elif torch.equal(seen, base.expand(shape)):
@@ -215,14 +220,41 @@ class _Evaluation:
                 return "padding does more than hide padded keys"
         return True in verdicts if len(verdicts) == 1 else "padding hides keys only on one side"
 
+    def _loose_padding(self, mask: Mask) -> bool | str:
+        """As `_padding`, for inputs that do not name keys: samples of a sound, pixels of an image.
+
+        Whatever they hold, the mask must be the one without padding, some keys taken away.
+        """
+        taken = False
+        for pattern in range(LOOSE_PATTERNS):
+            probes = [self.prober.probe(t, GENERIC, padding=pattern) for t in self.terms]
+            queries, keys = self.prober.counts(probes[0])
+            base = mask.dense(torch.arange(queries), torch.arange(keys))[None, None]
+            seen = Mask(self.atoms).dense(torch.arange(queries), torch.arange(keys))[None, None]
+            for term, probe in zip(self.terms, probes, strict=True):
+                allowed = read(term, probe, self.prober.view).allowed
+                if bool((allowed != allowed[:, :1]).any()):
+                    return "padding is treated differently by different heads"
+                seen = seen & allowed[:, :1]
+            kept = seen.any(-2, keepdim=True)
+            wanted = base & kept
+            alive = wanted.any(-1, keepdim=True)
+            if not torch.equal(seen & alive, wanted & alive):
+                return "padding does more than hide padded keys"
+            taken = taken or not bool(kept.all())
+        return taken
+
     def _hides_padding(self, term: Term) -> bool:
         if not any(i.kind == "padding" for i in term.inputs):
             return False
         view, neutral = self.prober.view, self.prober.probe(term, GENERIC)
-        padding = padding_patterns(self.prober.counts(neutral)[1], self.prober.rows(term))[0]
+        keys = self.prober.counts(neutral)[1]
+        padding: torch.Tensor | int = 0
+        if self.prober.plain_padding([term], keys):
+            padding = padding_patterns(keys, self.prober.rows(term))[0]
         plain = read(term, neutral, view).allowed
         padded = read(term, self.prober.probe(term, GENERIC, padding=padding), view).allowed
-        return not torch.equal(plain.expand_as(padded), padded)
+        return not torch.equal(*torch.broadcast_tensors(plain, padded))
 
 
 _UNFIT = Mask(opaque="it fits no known combination of masks")
