@@ -20,7 +20,7 @@ from zoo.family import (
     tokens,
 )
 
-_BLOCKS = "product"
+_PIECE = "block by block"
 
 
 def _encoder(
@@ -135,7 +135,7 @@ ENCODERS: tuple[Family, ...] = (
         lambda: _long(16),
         (),
         EAGER,
-        (_BLOCKS,),
+        untraceable="data-dependent",
     ),
     Family(
         "bigbird-sparse",
@@ -149,7 +149,7 @@ ENCODERS: tuple[Family, ...] = (
         lambda: _long(64),
         (),
         EAGER,
-        5 * (_BLOCKS,),
+        (*2 * (_PIECE,), "the scores", *2 * (_PIECE,)),
     ),
     _encoder(
         "bigbird-full",

@@ -208,12 +208,19 @@ SEQUENCES: tuple[Family, ...] = (
         _series,
         (Attention("decoder.layers.0.encoder_attn", "full", cross=True),),
         EAGER,
-        ("picked by indices", "picked by indices"),
+        ("picked by the largest", "picked by the largest"),
     ),
     Family(
         "autoformer",
-        of("AutoformerModel", "AutoformerConfig", **_TIME, label_length=4, moving_average=3),
-        _series,
+        # Under export its masks are added to (tokens, channels) products: both must count 16.
+        of(
+            "AutoformerModel",
+            "AutoformerConfig",
+            **{**_TIME, "context_length": 16, "prediction_length": 12},
+            label_length=4,
+            moving_average=3,
+        ),
+        lambda: _series(16, 12),
         (),
         EAGER,
         ("", "", ""),

@@ -45,7 +45,8 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
     if isinstance(path, Refusal):
         return path
     facts.add(f"product of '{path.query.node.name}' and '{path.key.node.name}'")
-    end = values(found.node, labels, labels[found.dim], view, axes)
+    key_axis = labels[found.dim] if path.sink is None else path.sink.keys
+    end = values(found.node, labels, key_axis, view, axes, path.sink)
     if isinstance(end, Refusal):
         return end
     facts.add(f"values '{end.value.node.name}'")
@@ -54,10 +55,10 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
         return [a for dim in axes.resolve(item.labels) for a in dim]
 
     query, key, value_, output = (flat(x) for x in (path.query, path.key, end.value, end.output))
-    key_axis = axes.leaves(labels[found.dim])
+    key_axis = axes.leaves(key_axis)
     channel = tuple(a for a in query if a in key and a not in output)
     query_axis = tuple(a for a in query if a not in key and a in output and a not in value_)
-    if not channel or len(query_axis) == 0:
+    if not channel or (not query_axis and () not in path.query.labels):
         return Refusal("queries and keys share no channel axis", path.query.node)
     value_channel = tuple(a for a in output if a not in query)
     if not set(key_axis) <= set(value_):
@@ -78,7 +79,7 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
         terms=path.terms,
         softmax_dtype=path.softmax_dtype,
         dropout=end.dropout,
-        weights=Labelled(found.node, labels) if end.kept else None,
+        weights=end.weights,
     )
 
 
@@ -88,7 +89,7 @@ def _token_axis(query: Labelled, free: tuple[int, ...], labels: Labels) -> tuple
     Others are head groups that keys and values broadcast over.
     """
     dims = [dim for dim in labels if dim and set(dim) <= set(free)]
-    return dims[-1] if dims else free
+    return dims[-1] if dims else free  # a single query has no axis
 
 
 def _fused(node: fx.Node, view: View, facts: Facts) -> Draft | Refusal:

@@ -20,6 +20,18 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Sink:
+    """One more column of the softmax, before or behind those of the keys.
+
+    `axis` labels the widened dimension, `keys` the part of it that belongs to keys.
+    """
+
+    axis: tuple[int, ...]
+    keys: tuple[int, ...]
+    first: bool
+
+
+@dataclass(frozen=True)
 class Scores:
     """The way from the product of queries and keys to the softmax.
 
@@ -32,6 +44,7 @@ class Scores:
     steps: tuple[ScoreStep, ...]
     terms: tuple[Labelled, ...]
     softmax_dtype: str | None
+    sink: Sink | None = None
 
 
 @dataclass(frozen=True)

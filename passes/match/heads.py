@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from rewriter.ir.site import HeadGroups, Scale
 from rewriter.passes.match.draft import Draft, Labelled, Side
 from rewriter.passes.match.operands import Entry, absorb, chain, factor_upstream, leaves_of
 from rewriter.passes.match.result import Axis, Layout, Operand
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
+from rewriter.passes.normalise.layout import forward
+from rewriter.passes.normalise.ops import value
 
 Names = tuple[tuple[Axis, tuple[int, ...]], ...]
 
@@ -27,6 +31,7 @@ class Operands:
     heads: HeadGroups
     scales: tuple[Scale, ...]
     prescaled: float
+    query_start: fx.Node
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class _Roles:
 def operands(draft: Draft, view: View) -> Operands | Refusal:
     """Choose the operand nodes, count heads and describe the layouts."""
     axes = draft.axes
+    _split_by_users(draft, view)
     chains: dict[Side, tuple[Entry, ...]] = {
         "query": chain(draft.query, view, axes),
         "key": chain(draft.key, view, axes),
@@ -115,7 +121,22 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
         ),
         scales=tuple(scales),
         prescaled=factor_upstream(chains["query"], picked["query"]),
+        query_start=chains["query"][-1].node,
     )
+
+
+def _split_by_users(draft: Draft, view: View) -> None:
+    """Let the layout operators behind the output split its axes: rows of the batch from heads.
+
+    The queries show that too where a reshape stands before the core, but not behind an unbind.
+    """
+    node, labels = draft.output.node, draft.output.labels
+    while len(node.users) == 1:
+        (user,) = node.users
+        after = forward(user, labels, draft.axes, view.sizes) if value(user) is not None else None
+        if after is None:
+            return
+        node, labels = user, after
 
 
 def _shared_axes(draft: Draft, view: View) -> tuple[tuple[int, ...], tuple[int, ...]] | Refusal:
@@ -123,6 +144,8 @@ def _shared_axes(draft: Draft, view: View) -> tuple[tuple[int, ...], tuple[int, 
     axes, sizes = draft.axes, view.sizes
     own = {*axes.leaves(draft.query_axis), *axes.leaves(draft.channel)}
     dims = [dim for dim in axes.resolve(draft.query.labels) if not set(dim) & own]
+    if not draft.query_axis and () in dims:  # a single query: the last dimension of size 1
+        del dims[len(dims) - 1 - dims[::-1].index(())]
     order = {a: i for i, dim in enumerate(axes.resolve(draft.output.labels)) for a in dim}
     leaves = [a for dim in dims for a in dim]
     if any(a not in order for a in leaves):
@@ -207,7 +230,7 @@ def _preference(layout: Layout, side: Side) -> int:
     """0 for (batch, head, token, channel), 1 for other layouts ending so, 2 for the rest."""
     head = "head" if side == "query" else "kv_head"
     dims = layout.dims
-    if dims[-2:] != (("token",), ("channel",)):
+    if dims[-2:] not in ((("token",), ("channel",)), ((), ("channel",))):
         return 2
     if len(dims) == 4 and dims[0] in (("batch",), ()) and dims[1] in ((head,), ()):
         return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from torch import fx
 
 from rewriter.ir.site import AttentionSite, NearMiss, PositionKind, Projection
@@ -23,10 +26,12 @@ def match(captured: Captured) -> MatchResult:
     semantics = Semantics(view)
     matches: list[Match] = []
     misses: list[NearMiss] = []
-    for node in anchors.candidates(view):
-        facts = Facts()
-        draft = anchors.read(node, view, facts)
-        found = draft if isinstance(draft, Refusal) else _site(draft, view, semantics, matches)
+    cores = [_core(node, view) for node in anchors.candidates(view)]
+    pieces = _pieces(cores, view)
+    for core in cores:
+        facts, found = core.facts, core.found
+        if isinstance(found, _Named):
+            found = pieces.get(found.draft.anchor) or _site(found, view, semantics, matches)
         if isinstance(found, Refusal):
             misses.append(
                 NearMiss("match", found.reason, source_of(found.node), tuple(facts.lines))
@@ -36,17 +41,69 @@ def match(captured: Captured) -> MatchResult:
     return MatchResult(tuple(matches), tuple(misses))
 
 
-def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -> Match | Refusal:
+@dataclass(frozen=True)
+class _Named:
+    """A core whose parts have names, and what stands before each operand."""
+
+    draft: Draft
+    operands: Operands
+    found: dict[str, producers.Upstream]
+
+
+@dataclass(frozen=True)
+class _Core:
+    """What was read at one anchor."""
+
+    facts: Facts
+    found: _Named | Match | Refusal
+
+
+def _core(node: fx.Node, view: View) -> _Core:
+    facts = Facts()
+    draft = anchors.read(node, view, facts)
+    if isinstance(draft, Refusal):
+        return _Core(facts, draft)
     named = heads.operands(draft, view)
     if isinstance(named, Refusal):
-        return named
-    meaning = semantics.of(draft, named)
-    region = _region(draft, named)
+        return _Core(facts, named)
     found = {
         "query": producers.upstream(named.query.node, view),
         "key": producers.upstream(named.key.node, view),
         "value": producers.upstream(named.value.node, view),
     }
+    return _Core(facts, _Named(draft, named, found))
+
+
+def _pieces(cores: list[_Core], view: View) -> dict[fx.Node, Refusal]:
+    """Refusals, by anchor, for cores that each serve a part of the tokens of one projection.
+
+    Such cores are one attention, computed block by block; replacing a block means nothing.
+    """
+    parts: dict[fx.Node, list[fx.Node]] = {}
+    for core in cores:
+        if not isinstance(core.found, _Named) or len(core.found.found["query"].linears) != 1:
+            continue
+        linear, heads_ = core.found.found["query"].linears[0], core.found.operands.heads
+        size = math.prod(view.sizes.of(core.found.operands.query.node))
+        if size // (heads_.query * heads_.key_dim) < math.prod(view.sizes.of(linear)[:-1]):
+            parts.setdefault(linear, []).append(core.found.draft.anchor)
+    reason = "it serves some queries of one projection, {} more the rest: attention block by block"
+    return {
+        anchor: Refusal(reason.format(len(together) - 1), anchor)
+        for together in parts.values()
+        if len(together) > 1
+        for anchor in together
+    }
+
+
+def _site(core: _Named, view: View, semantics: Semantics, before: list[Match]) -> Match | Refusal:
+    draft, named, found = core.draft, core.operands, core.found
+    for side, up in found.items():
+        picked = producers.picked(up)
+        if picked is not None:
+            return Refusal(f"the {side} tokens are picked by the largest of some scores", picked)
+    meaning = semantics.of(draft, named)
+    region = _region(draft, named)
     output = producers.downstream(named.output.node, view)
     projections, linears = producers.projections(found, output)
     owner = common_module([module_path(n) for n in (*region, *linears)])
@@ -66,7 +123,7 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
         softmax_dtype=draft.softmax_dtype,
         dropout=draft.dropout,
         projections=_relative(projections, owner),
-        prescaled=named.prescaled,
+        prescaled=named.prescaled * _factor(found["query"], named, view),
         causal_flag=draft.causal_flag,
         qk_norm=found["query"].normed and found["key"].normed,
         cross=_crosses(found["query"], found["key"], draft, view),
@@ -84,6 +141,13 @@ def _site(draft: Draft, view: View, semantics: Semantics, before: list[Match]) -
         hidden=hidden,
     )
     return Match(site, nodes)
+
+
+def _factor(query: producers.Upstream, named: Operands, view: View) -> float:
+    """Scalars on the query that lie further back than the operands were followed."""
+    if len(query.linears) != 1 or query.linears[0] is named.query_start:
+        return 1.0
+    return producers.scaled_behind(query.linears[0], named.query_start, view)
 
 
 def _crosses(query: producers.Upstream, key: producers.Upstream, draft: Draft, view: View) -> bool:

@@ -176,15 +176,19 @@ def _giving(tokens: sympy.Expr, length: int) -> dict[sympy.Symbol, int]:
     if len(symbols) != 1 or tokens in symbols:
         return dict.fromkeys(symbols, length)
     (symbol,) = symbols
+
+    def short(number_: int) -> bool:
+        try:
+            return int(tokens.subs(symbol, number_)) < length
+        except ZeroDivisionError:  # a formula of blocks, and not one block yet
+            return True
+
     low, high = 1, 2
-    while high < _MOST and int(tokens.subs(symbol, high)) < length:
+    while high < _MOST and short(high):
         low, high = high, 2 * high
     while low + 1 < high:
         middle = (low + high) // 2
-        if int(tokens.subs(symbol, middle)) < length:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if short(middle) else (low, middle)
     return {symbol: high}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from rewriter.ir.site import Projection
+from rewriter.passes.match.operands import scalar_factor
 from rewriter.passes.match.result import Operand
 from rewriter.passes.match.view import View
 from rewriter.passes.normalise.noops import strip, strip_casts
@@ -56,6 +58,49 @@ def upstream(start: fx.Node, view: View) -> Upstream:
     return Upstream(tuple(linears), frozenset(nodes), tuple(ends))
 
 
+def picked(found: Upstream) -> fx.Node | None:
+    """A node between operand and projection that picks entries by the largest of some scores."""
+    for node in found.nodes:
+        if op(node) not in _PICKS:
+            continue
+        stack: list[fx.Node] = [n for n in node.all_input_nodes[1:] if value(n) is not None]
+        seen: set[fx.Node] = set()
+        while stack:
+            item = stack.pop()
+            if op(item) in _RANKS:
+                return node
+            if item not in seen and len(seen) < _REACH:
+                seen.add(item)
+                stack.extend(tensor_inputs(item))
+    return None
+
+
+_PICKS = frozenset({"index", "gather", "index_select", "take_along_dim", "embedding"})
+_RANKS = frozenset({"topk", "sort", "argsort", "argmax", "argmin", "multinomial"})
+
+
+def scaled_behind(linear: fx.Node, start: fx.Node, view: View) -> float:
+    """Product of the scalars between a projection and `start`, which lies behind it.
+
+    Follows the projection's result through layout operators as long as one operation uses it; 1.0
+    if `start` is met on that way, since what lies behind `start` is counted elsewhere.
+    """
+    node, total = linear, 1.0
+    for _ in range(_REACH):
+        if node is start:
+            return 1.0
+        users = [u for u in node.users if value(u) is not None]
+        if len(users) != 1:
+            return total
+        found = scalar_factor(users[0], view)
+        if found is not None and found[1] is node:
+            total *= found[0].factor
+        elif op(users[0]) not in _CARRIERS:
+            return total
+        node = users[0]
+    return total
+
+
 def same_source(query: Upstream, key: Upstream, view: View) -> bool | None:
     """Whether queries and keys are projections of one sequence; None if that cannot be seen.
 
@@ -75,6 +120,13 @@ def _source(linear: fx.Node, view: View) -> fx.Node:
 
 def _token_wise(starts: list[fx.Node], view: View) -> set[fx.Node]:
     """Activations that `starts` are computed from token by token, nearest first, up to a bound."""
+
+    def count(node: fx.Node) -> int:
+        while value(node) is None and node.all_input_nodes:  # a tuple of parts of one tensor
+            node = node.all_input_nodes[0]
+        return math.prod(view.sizes.of(node)[:-1]) if value(node) is not None else 0
+
+    counts = {count(n) for n in starts}
     seen: set[fx.Node] = set()
     queue = list(starts)
     while queue and len(seen) < _REACH:
@@ -83,7 +135,7 @@ def _token_wise(starts: list[fx.Node], view: View) -> set[fx.Node]:
             continue
         seen.add(node)
         if op(node) not in _MIXING and not view.is_product(node):
-            queue.extend(tensor_inputs(node))
+            queue.extend(n for n in tensor_inputs(node) if count(n) in counts)
     return seen
 
 

@@ -11,14 +11,15 @@ from typing import cast
 
 from torch import fx
 
-from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, Softcap
-from rewriter.passes.match.draft import Facts, Labelled, Scores
+from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, SinkTerm, Softcap
+from rewriter.passes.match.content import is_content
+from rewriter.passes.match.draft import Facts, Labelled, Scores, Sink
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.contract import Contraction, contraction
 from rewriter.passes.normalise.layout import backward
 from rewriter.passes.normalise.noops import cast_dtype, is_cast, is_noop, strip
-from rewriter.passes.normalise.ops import arguments, op, operand, value
+from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
 from rewriter.passes.normalise.softmax import Softmax
 
 
@@ -34,6 +35,7 @@ class _Walk:
     steps: list[ScoreStep | fx.Node] = field(default_factory=list)
     fills: dict[fx.Node, FillTerm] = field(default_factory=dict)
     terms: dict[fx.Node, Labelled] = field(default_factory=dict)
+    sink: Sink | None = None
     dtype: str | None = None
 
     def join(self, at: fx.Node, term: fx.Node, main: fx.Node) -> Refusal | None:
@@ -55,6 +57,7 @@ def scores(
 ) -> Scores | Refusal:
     """Walk back from a softmax whose result carries `labels`."""
     walk = _Walk(view, axes, facts, softmax.scores, labels)
+    key_axis = labels[softmax.dim]
     if softmax.dtype is not None:
         walk.dtype = str(softmax.dtype).removeprefix("torch.")
     while True:
@@ -62,7 +65,14 @@ def scores(
         if isinstance(found, str):
             return Refusal(found, walk.node)
         if found is not None and view.linear(walk.node) is None:
-            return _finish(walk, found, axes.leaves(labels[softmax.dim]))
+            if walk.sink is not None:
+                key_axis = walk.sink.keys
+            return _finish(walk, found, axes.leaves(key_axis))
+        if walk.sink is None and op(walk.node) == "cat":
+            refusal = _sink(walk, walk.node, key_axis)
+            if refusal is not None:
+                return refusal
+            continue
         refusal = _step(walk)
         if refusal is not None:
             return refusal
@@ -84,6 +94,8 @@ def _step(walk: _Walk) -> Refusal | None:
         walk.node, walk.labels = step.source, step.labels
         return None
     kind = op(node) or node.op
+    if kind == "getitem" and op(operand(node)) in ("topk", "sort"):
+        return Refusal("the softmax runs over the largest of some scores: a gate", node)
     if walk.view.linear(node) is not None:
         return Refusal("the softmax follows a projection, not a product of queries and keys", node)
     return Refusal(f"'{kind}' stands between a product and the softmax and is not understood", node)
@@ -133,6 +145,8 @@ def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
     if len(pair) != 2:
         return Refusal("a constant is added to the scores", node)
     leading = [a for a in pair if leads_to_product(walk.view, a)]
+    if len(leading) == 2:
+        leading = [a for a in leading if not is_content(a, walk.view, needs_gather=True)] or leading
     if len(leading) != 1:
         what = "two products are added" if leading else "no product of queries and keys is in sight"
         return Refusal(f"{what} before the softmax", node)
@@ -174,6 +188,32 @@ def _fill(walk: _Walk, node: fx.Node) -> Refusal | None:
         walk.facts.add(f"boolean mask '{mask.name}'")
         walk.node = main
     return refusal
+
+
+def _sink(walk: _Walk, node: fx.Node, key_axis: tuple[int, ...]) -> Refusal | None:
+    """cat([scores, sink]) or cat([sink, scores]) along the keys, the sink one column wide."""
+    a = arguments(node)
+    parts = a["tensors"]
+    shape = walk.view.sizes.of(node)
+    dim = dimension(int(a.get("dim") or 0), len(shape))
+    leading = [leads_to_product(walk.view, p) for p in parts]
+    if walk.axes.leaves(walk.labels[dim]) != walk.axes.leaves(key_axis):
+        return Refusal("scores are joined along another axis than the softmax runs over", node)
+    if len(parts) != 2 or sum(leading) != 1:
+        return Refusal("the softmax runs over several products joined side by side", node)
+    main, term = parts[leading.index(True)], parts[leading.index(False)]
+    if walk.view.sizes.of(term)[dim] != 1:
+        return Refusal("the scores are joined with more than one other column", node)
+    keys = walk.axes.new(walk.view.sizes.of(main)[dim])
+    walk.sink = Sink(walk.labels[dim], keys, first=parts[0] is term)
+    walk.labels = (*walk.labels[:dim], keys, *walk.labels[dim + 1 :])
+    sizes = walk.view.sizes.of(term)
+    labels = tuple(() if s == 1 else d for s, d in zip(sizes, walk.labels, strict=True))
+    walk.terms[node] = Labelled(term, labels)
+    walk.steps.append(node)
+    walk.facts.add(f"learned sink '{term.name}'")
+    walk.node = main
+    return None
 
 
 _RULES: Mapping[str, Callable[[_Walk, fx.Node], Refusal | None]] = {
@@ -239,6 +279,9 @@ def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Sco
             continue
         fill = walk.fills.get(item)
         index = len(terms)
-        steps.append(AddTerm(index) if fill is None else FillTerm(index, fill.value, fill.keep))
+        if op(item) == "cat":
+            steps.append(SinkTerm(index))
+        else:
+            steps.append(AddTerm(index) if fill is None else FillTerm(index, fill.value, fill.keep))
         terms.append(walk.terms[item])
-    return Scores(query, keys, tuple(steps), tuple(terms), walk.dtype)
+    return Scores(query, keys, tuple(steps), tuple(terms), walk.dtype, walk.sink)

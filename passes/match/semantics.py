@@ -9,8 +9,9 @@ import sympy
 import torch
 
 from rewriter.ir.mask import Atom, Causal, KeyPadding, Mask
-from rewriter.ir.site import PositionKind, TermRole
+from rewriter.ir.site import AddTerm, PositionKind, SinkTerm, TermRole
 from rewriter.passes.match import mask as masks
+from rewriter.passes.match.content import is_content
 from rewriter.passes.match.draft import Draft, Labelled
 from rewriter.passes.match.heads import Operands
 from rewriter.passes.match.probe import Probe, ProbeError
@@ -58,17 +59,33 @@ class Semantics:
         queries, keys = (_count(item, axis, draft) for item, axis in sides)
         prober = Prober(self._view, (queries, keys))
         symbols = frozenset(queries.free_symbols | keys.free_symbols)
-        unknown: tuple[TermRole, ...] = tuple("mask" for _ in named.terms)
+        roles: list[TermRole] = ["mask" for _ in named.terms]
+        indices: list[int] = []
         terms: list[Term] = []
+        content = False
         for index in range(len(named.terms)):
+            if SinkTerm(index) in draft.steps:
+                roles[index] = "sink"
+                continue
+            if AddTerm(index) in draft.steps and is_content(named.terms[index].node, self._view):
+                roles[index], content = "bias", True
+                continue
+            indices.append(index)
             term = term_of(index, draft, named, symbols, self._view)
             if isinstance(term, str):
-                return Meaning(unknown, Mask(opaque=term))
+                return Meaning(tuple(roles), Mask(opaque=term))
             terms.append(term)
+        position: PositionKind | None = "content_bias" if content else None
+        if not terms:
+            return Meaning(tuple(roles), Mask(atoms), position)
         try:
-            return _Evaluation(terms, prober, atoms).meaning()
+            found = _Evaluation(terms, prober, atoms).meaning()
         except (ProbeError, RuntimeError) as error:  # torch raises RuntimeError on sizes
-            return Meaning(unknown, Mask(opaque=f"the mask cannot be evaluated: {error}"))
+            opaque = Mask(opaque=f"the mask cannot be evaluated: {error}")
+            return Meaning(tuple(roles), opaque, position)
+        for index, role in zip(indices, found.roles, strict=True):
+            roles[index] = role
+        return Meaning(tuple(roles), found.mask, found.position or position)
 
 
 def _count(item: Labelled, axis: tuple[int, ...], draft: Draft) -> sympy.Expr:
@@ -254,7 +271,7 @@ class _Evaluation:
             padding = padding_patterns(keys, self.prober.rows(term))[0]
         plain = read(term, neutral, view).allowed
         padded = read(term, self.prober.probe(term, GENERIC, padding=padding), view).allowed
-        return not torch.equal(*torch.broadcast_tensors(plain, padded))
+        return bool((plain != padded).any())
 
 
 _UNFIT = Mask(opaque="it fits no known combination of masks")

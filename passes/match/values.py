@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from rewriter.passes.match.draft import Labelled
+from rewriter.passes.match.draft import Labelled, Sink
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.contract import contraction
 from rewriter.passes.normalise.layout import forward
 from rewriter.passes.normalise.noops import is_cast
-from rewriter.passes.normalise.ops import arguments, op
+from rewriter.passes.normalise.ops import arguments, dimension, op
 
 _DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
 
@@ -21,19 +21,25 @@ _DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dr
 class Values:
     """The product of probabilities and values.
 
-    `kept` is True if something besides this product uses the probabilities.
+    `weights` are the probabilities of the keys, if something besides this product uses them.
     """
 
     value: Labelled
     output: Labelled
     dropout: float
-    kept: bool
+    weights: Labelled | None
 
 
 def values(
-    softmax: fx.Node, labels: Labels, key_axis: tuple[int, ...], view: View, axes: Axes
+    softmax: fx.Node,
+    labels: Labels,
+    key_axis: tuple[int, ...],
+    view: View,
+    axes: Axes,
+    sink: Sink | None = None,
 ) -> Values | Refusal:
     """Follow the probabilities to the one contraction that sums values over `key_axis`."""
+    kept = Labelled(softmax, labels)
     ends: list[tuple[fx.Node, fx.Node, Labels, float]] = []
     strangers: list[fx.Node] = []
     stack: list[tuple[fx.Node, Labels, float]] = [(softmax, labels, 0.0)]
@@ -47,6 +53,9 @@ def values(
                 stack.append((user, here, float(arguments(user)["p"])))
                 continue
             after = here if is_cast(user) else forward(user, here, axes, view.sizes)
+            if after is None and sink is not None:
+                after = without_sink(user, here, sink, view, axes)
+                kept = kept if after is None else Labelled(user, after)
             if after is None:
                 strangers.append(user)
             else:
@@ -62,7 +71,26 @@ def values(
     value, output = product
     if _depends(value.node, softmax, view):
         return Refusal("the values depend on the probabilities", value.node)
-    return Values(value, output, dropped, bool(strangers))
+    if strangers and sink is not None:
+        return Refusal("something besides the values uses probabilities with a sink", strangers[0])
+    return Values(value, output, dropped, kept if strangers else None)
+
+
+def without_sink(
+    node: fx.Node, labels: Labels, sink: Sink, view: View, axes: Axes
+) -> Labels | None:
+    """Labels behind the slice that takes the sink's column away, None for any other node."""
+    if op(node) != "slice":
+        return None
+    a = arguments(node)
+    dim = dimension(int(a["dim"] or 0), len(labels))
+    start = a["start"] or 0
+    wanted = axes.total(axes.leaves(sink.keys))
+    if axes.leaves(labels[dim]) != axes.leaves(sink.axis) or a["step"] not in (None, 1):
+        return None
+    if view.sizes.of(node)[dim] != wanted or start != (1 if sink.first else 0):
+        return None
+    return (*labels[:dim], sink.keys, *labels[dim + 1 :])
 
 
 def _no_end(softmax: fx.Node, strangers: list[fx.Node]) -> Refusal:

@@ -12,7 +12,9 @@ from rewriter.passes.normalise.noops import is_noop
 from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
 from rewriter.passes.normalise.sizes import Sizes
 
-_RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten"})
+_RESHAPES = frozenset(
+    {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"}
+)
 _INSERTS = frozenset({"unsqueeze", "squeeze"})
 _SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _REVERSALS = frozenset({"t", "numpy_T", "mT", "adjoint", "matrix_H"})

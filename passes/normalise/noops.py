@@ -7,9 +7,7 @@ from torch import fx
 
 from rewriter.passes.normalise.ops import arguments, op, operand, value
 
-_COPIES = frozenset(
-    {"contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "view_as"}
-)
+_COPIES = frozenset({"contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh"})
 _CASTS = frozenset({"to", "_to_copy", "type_as", "float", "_autocast_to_full_precision"})
 
 

@@ -55,6 +55,9 @@ def to_canonical(
     if "batch" not in named:
         node = graph.call_method("unsqueeze", (node, 0))
         named.insert(0, "batch")
+    if "token" not in named:
+        node = graph.call_method("unsqueeze", (node, len(named)))
+        named.append("token")
     grouped = "group" in named
     if order == CANONICAL_KV and "kv_head" not in named and "head" not in named:
         node = graph.call_method("unsqueeze", (node, 1))
@@ -92,6 +95,9 @@ def from_canonical(graph: Graph, node: Node, layout: Layout, heads: HeadGroups) 
     if not {"head", "kv_head"} & set(flat):
         node = graph.call_method("squeeze", (node, have.index("head")))
         have.remove("head")
+    if "token" not in flat:
+        node = graph.call_method("squeeze", (node, have.index("token")))
+        have.remove("token")
     permutation = tuple(have.index(axis) for axis in flat)
     if permutation != tuple(range(len(permutation))):
         node = graph.call_method("permute", (node, permutation))
