@@ -17,15 +17,17 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = str(Path(torch.__file__).parent)
 
 
-def normalise_stacks(graph: fx.Graph, prefix: str) -> None:
-    """Write `MODULE_STACK` on every node; `prefix` is the attribute that wraps the real module."""
+def normalise_stacks(graph: fx.Graph, prefix: str | re.Pattern[str]) -> None:
+    """Write `MODULE_STACK` on every node; `prefix` is what stands before the model's own paths."""
+    root = re.compile(re.escape(prefix)) if isinstance(prefix, str) else prefix
     for node in graph.nodes:
         entries: list[tuple[str, int]] = []
         for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-            if path != prefix and not path.startswith(prefix + "."):
+            found = root.match(path)
+            if found is None or path[found.end() :][:1] not in ("", "."):
                 continue
             number = key.rsplit("@", 1)[1] if "@" in key else "0"
-            entries.append((path[len(prefix) + 1 :], int(number) if number.isdigit() else 0))
+            entries.append((path[found.end() + 1 :], int(number) if number.isdigit() else 0))
         node.meta[MODULE_STACK] = tuple(entries)
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx, nn
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rewriter.errors import UsageError
 
 TESTED_TORCH = ((2, 11), (2, 15))
 """Half-open range of torch (major, minor) versions these calls are written for."""
@@ -130,8 +135,75 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return int(size)
 
 
+def known_number(value: Any) -> float | None:
+    """The number a symbolic float stands for once it is guarded, else None."""
+    if not isinstance(value, torch.SymFloat):
+        return None
+    expression = value.node.expr
+    return float(expression) if expression.is_number else None
+
+
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 products in hardware; emulated ones are several times slower
     than float32."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
+
+
+def example_value(placeholder: fx.Node) -> Any:
+    """The fake tensor or symbolic size that dynamo traced a placeholder with, or None."""
+    return placeholder.meta.get("example_value")
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where dynamo found an input, as a Python expression such as "L['self']._modules['fc']"."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def trace_aten(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """A torch-level graph as undecomposed ATen, traced on the fake inputs dynamo had.
+
+    Outside of dynamo's tracing context: that one holds another fake mode over the same symbols.
+    """
+
+    def run(*values: Any) -> Any:
+        with fx.traceback.preserve_node_meta():
+            return fx.Interpreter(module).run(*values)
+
+    mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None)
+    with tracing(None), mode or nullcontext():
+        tracer = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
+        return tracer(*inputs)
+
+
+def inherit_inputs(module: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Give the placeholders of a traced graph what compilers read on those of dynamo's graph."""
+    pairs = zip(
+        module.graph.find_nodes(op="placeholder"),
+        original.graph.find_nodes(op="placeholder"),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        mine.meta.update(theirs.meta)
+        if hasattr(theirs, "_dynamo_source"):
+            mine._dynamo_source = theirs._dynamo_source
+    module.meta.update(original.meta)
+    if hasattr(original, "_param_name_to_source"):
+        module._param_name_to_source = original._param_name_to_source
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A compiler registered with `torch.compile`.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    try:
+        return cast("Callable[..., Any]", torch._dynamo.lookup_backend(name))
+    except torch._dynamo.exc.InvalidBackend:
+        raise UsageError(
+            f"there is no compiler '{name}' for torch.compile; torch.compiler.list_backends() "
+            "names those that are installed"
+        ) from None

@@ -14,6 +14,7 @@ from rewriter.errors import RewriterError
 if TYPE_CHECKING:
     from rewriter.api import inspect, make_plan_for, plan_of, report_of, rewrite
     from rewriter.checkpoint.load import load
+    from rewriter.dynamo.report import CompileReport
 
 try:
     __version__ = version("attention-rewriter")
@@ -22,6 +23,7 @@ except PackageNotFoundError:  # running from an uninstalled tree
 
 # Loaded on first use: importing torch and transformers takes seconds, `rewriter --help` should not.
 _HOMES = {
+    "CompileReport": "rewriter.dynamo.report",
     "inspect": "rewriter.api",
     "load": "rewriter.checkpoint.load",
     "make_plan_for": "rewriter.api",
@@ -31,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CompileReport",
     "RewriterError",
     "__version__",
     "inspect",

@@ -31,7 +31,7 @@ ORDER = (
         "rewriter.evaluate",
     ),
     ("rewriter.planner", "rewriter.pages"),
-    ("rewriter.api",),
+    ("rewriter.api", "rewriter.dynamo"),
     ("rewriter.cli", "rewriter.__main__"),
 )
 

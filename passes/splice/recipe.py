@@ -1,0 +1,150 @@
+"""Which operator call can stand for a matched core, or why none can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from rewriter.backends.registry import resolve
+from rewriter.ir.block_sparse import BlockSparse
+from rewriter.ir.mask import Causal, Chunk, SymmetricWindow, Window
+from rewriter.ir.site import AttentionSite
+from rewriter.passes.match import CoreNodes, Match, Operand
+from rewriter.passes.normalise.ops import arguments, op, value
+from rewriter.passes.torch_private import symbolic_expression
+
+_DROPOUTS = {"dropout": "train", "native_dropout": "train", "feature_dropout": "train"}
+_OWN_KEY = (Causal, Window, SymmetricWindow, Chunk)
+"""Atoms under which every query sees the key at its own position."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One call of `attention_rewriter::block_sparse` in the place of a core.
+
+    Attributes:
+        spec: what it computes.
+        backend: whose kernel.
+        padded: the mask terms say which keys are padding; they are read at run time.
+    """
+
+    spec: BlockSparse
+    backend: str
+    padded: bool
+
+    def describe(self) -> str:
+        """For people: 'block_sparse on cpu, padding from the mask'."""
+        more = ", padding from the mask" if self.padded else ""
+        return f"block_sparse on {self.backend}{more}"
+
+
+def recipe_for(found: Match, needs_grad: bool, allow_reference: bool = False) -> Recipe | str:
+    """The exact form of a site, or one sentence that says why it stays as it is.
+
+    Args:
+        needs_grad: the graph will be differentiated.
+        allow_reference: plain torch may stand in where no generated kernel serves the site.
+    """
+    site, nodes = found.site, found.nodes
+    reason = _unfit(site, nodes)
+    if reason is not None:
+        return reason
+    if site.mask.padding:
+        reason = next((r for t, role in _masks(site, nodes) if (r := _unreadable(t, role))), None)
+        reason = reason or _counted_apart(site, nodes)
+        if reason is not None:
+            return reason
+    tensor = _tensor(nodes.value.node)
+    spec = BlockSparse(
+        site.heads.key_dim,
+        site.heads.value_dim,
+        site.scale,
+        site.mask.without_padding().predicate,
+        site.softcap,
+    )
+    kernel = resolve(spec, tensor.device, tensor.dtype, needs_grad)
+    if kernel.backend == "reference" and not allow_reference:
+        why = "; ".join(f"{name}: {text}" for name, text in kernel.declined)
+        return f"there is no generated kernel for it ({why or 'generated code is switched off'})"
+    return Recipe(spec, kernel.backend, site.mask.padding)
+
+
+def mask_terms(found: Match) -> Iterator[tuple[int, Operand]]:
+    """Terms that hide keys, with their index."""
+    for index, (term, role) in enumerate(zip(found.nodes.terms, found.site.terms, strict=True)):
+        if role in ("mask", "mask_and_bias"):
+            yield index, term
+
+
+def _unfit(site: AttentionSite, nodes: CoreNodes) -> str | None:
+    if site.mask.opaque is not None:
+        return f"the mask is opaque ({site.mask.opaque})"
+    if site.has_bias:
+        return "the scores have an additive bias, which has no fused form here yet"
+    if nodes.weights is not None:
+        return "the attention weights are used outside of the core"
+    if site.dropout and _drops(site, nodes):
+        return "dropout on the attention weights is active"
+    operands = [_tensor(o.node) for o in (nodes.query, nodes.key, nodes.value)]
+    if len({t.dtype for t in operands}) > 1:
+        return "queries, keys and values differ in dtype"
+    if len({t.device for t in operands}) > 1:
+        return "queries, keys and values are on different devices"
+    if tokens(nodes.query) == 1:
+        return "a single query token gains nothing from a schedule of key blocks"
+    return None
+
+
+def _drops(site: AttentionSite, nodes: CoreNodes) -> bool:
+    """Whether a dropout of the core is switched on; SDPA has no switch but its probability."""
+    if site.spelling == "sdpa":
+        return True
+    for node in nodes.region:
+        if op(node) in _DROPOUTS:
+            a = arguments(node)
+            if a.get(_DROPOUTS[op(node)], True) and a.get("p", 1.0):
+                return True
+    return False
+
+
+def _masks(site: AttentionSite, nodes: CoreNodes) -> Iterator[tuple[Operand, str]]:
+    for term, role in zip(nodes.terms, site.terms, strict=True):
+        if role in ("mask", "mask_and_bias"):
+            yield term, role
+
+
+def _unreadable(term: Operand, role: str) -> str | None:
+    """Why the padding cannot be read off a term; see `emit.valid_keys`."""
+    dims = term.layout.dims
+    if any(len(dim) > 1 for dim in dims) or any("head" in d or "kv_head" in d for d in dims):
+        return "the mask tensor has another layout than (batch, 1, queries, keys)"
+    if dims[-1:] != (("token",),):
+        return "the mask tensor has no axis of keys at its end"
+    return None
+
+
+def _counted_apart(site: AttentionSite, nodes: CoreNodes) -> str | None:
+    if not all(isinstance(a, _OWN_KEY) for a in site.mask.without_padding().atoms):
+        return "padding cannot be read off this mask, where a query may not see its own position"
+    if tokens(nodes.query) != tokens(nodes.key):
+        return "queries and keys are counted apart, so padding cannot be read off the mask"
+    return None
+
+
+def tokens(operand: Operand) -> sympy.Expr | int:
+    """Symbolic number of tokens of an operand whose token axis has a dimension of its own."""
+    shape = _tensor(operand.node).shape
+    place = next((d for d, dim in enumerate(operand.layout.dims) if "token" in dim), None)
+    size: Any = 1 if place is None else shape[place]
+    return symbolic_expression(size)
+
+
+def _tensor(node: fx.Node) -> torch.Tensor:
+    tensor = value(node)
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,136 @@
+"""The backend: dynamo's graph in, a callable out, attention replaced on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriter.dynamo.options import CompileOptions
+from rewriter.dynamo.report import CompileReport, GraphReport, log
+from rewriter.errors import UsageError
+from rewriter.ir.site import NearMiss, Source
+from rewriter.passes import torch_private
+from rewriter.passes.capture import Captured
+from rewriter.passes.dynamo_graph import capture_graph
+from rewriter.passes.match import Match, MatchResult, match
+from rewriter.passes.splice import Outcome, splice
+from rewriter.policy import Policy, make_plan
+
+
+def rewriter_backend(
+    graph: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Find the attention of a graph, replace what the policy asks for, compile the rest.
+
+    Registered as 'rewriter' with `torch.compile`. A graph in which nothing can be replaced goes to
+    the inner compiler as it came.
+
+    Args:
+        graph: dynamo's graph.
+        inputs: its real inputs.
+        options: see `CompileOptions`.
+        mode: mode of the inner compiler (of Inductor).
+
+    Raises:
+        UsageError: an option does not exist, or the policy asks for a mixer with parameters.
+    """
+    wanted = CompileOptions.read(options)
+    policy = Policy.load(wanted.policy)
+    clock = _Clock()
+    nodes = len(graph.graph.nodes)
+    captured = capture_graph(graph, inputs)
+    clock.lap("capture")
+    found = _match(captured)
+    clock.lap("match")
+    grad = torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+    )
+    outcomes: tuple[Outcome, ...] = ()
+    result, after = graph, nodes
+    if isinstance(captured, Captured) and found.matches:
+        chosen, kept = _chosen(policy, found)
+        done = splice(captured, chosen, needs_grad=grad, allow_reference=wanted.allow_reference)
+        outcomes = tuple(sorted((*done.outcomes, *kept), key=lambda o: o.site.index))
+        if any(o.status == "spliced" for o in outcomes):
+            result, after = captured.graph_module, len(captured.graph_module.graph.nodes)
+            torch_private.inherit_inputs(result, graph)
+    clock.lap("splice")
+    compiled = _inner(wanted, mode)(result, inputs)
+    clock.lap("inner")
+    report = wanted.report or CompileReport()
+    entry = GraphReport(
+        number=len(report.graphs),
+        outcomes=outcomes,
+        misses=found.misses,
+        nodes=(nodes, after),
+        differentiable=grad,
+        seconds=clock.laps,
+    )
+    report.graphs.append(entry)
+    log(entry)
+    return compiled
+
+
+def _match(captured: Captured | NearMiss) -> MatchResult:
+    if isinstance(captured, NearMiss):
+        return MatchResult((), (captured,))
+    try:
+        return match(captured)
+    except Exception as error:  # a graph nobody has seen must still compile
+        reason = f"matching failed with {type(error).__name__}: {error}"
+        return MatchResult((), (NearMiss("match", reason, Source("forward")),))
+
+
+def _chosen(policy: Policy, found: MatchResult) -> tuple[list[Match], list[Outcome]]:
+    """The matches to replace, and the outcomes of those that the policy leaves alone.
+
+    Raises:
+        UsageError: a mixer that has something to learn.
+    """
+    sites = [m.site for m in found.matches]
+    plan = make_plan(policy.model_copy(update={"minimum_sites": 0}), sites, found.misses)
+    chosen: list[Match] = []
+    kept: list[Outcome] = []
+    for item, decision in zip(found.matches, plan.decisions, strict=True):
+        if decision.tier == "distilled":
+            raise UsageError(
+                f"'{decision.target}' has parameters to learn, which a compiled graph cannot hold; "
+                f"call rewriter.rewrite(model, '{policy.name}') first and compile its result"
+            )
+        if decision.target == "keep":
+            kept.append(Outcome(item.site, "kept", "the policy keeps it"))
+        elif decision.status == "refused":
+            kept.append(Outcome(item.site, "kept", str(decision.reason)))
+        else:
+            chosen.append(item)
+    return chosen, kept
+
+
+def _inner(options: CompileOptions, mode: str | None) -> Callable[..., Callable[..., Any]]:
+    more = dict(options.inner_options)
+    if options.inner == "inductor":
+        if mode is not None and mode != "default":
+            more = {**torch._inductor.list_mode_options(mode), **more}
+        return lambda graph, inputs: torch._inductor.compile(graph, list(inputs), more or None)
+    compiler = torch_private.lookup_backend(options.inner)
+    keywords = {"options": more} if more else {}
+    return lambda graph, inputs: compiler(graph, inputs, **keywords)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
