@@ -31,16 +31,12 @@ def emit(graph: fx.Graph, found: Match, recipe: Recipe) -> fx.Node:
         k = _canonical(graph, nodes.key, site, "key")
         v = _canonical(graph, nodes.value, site, "value")
         text = encode(recipe.spec)
+        operators = torch.ops.attention_rewriter
         if recipe.padded:
-            valid = valid_keys(graph, found, v)
-            call = (q, k, v, valid, text, recipe.backend)
-            pair = graph.call_function(
-                torch.ops.attention_rewriter.padded_block_sparse.default, call
-            )
+            target, more = operators.padded_block_sparse.default, (valid_keys(graph, found, v),)
         else:
-            nothing = (None,) * 7
-            call = (q, k, v, *nothing, text, recipe.backend)
-            pair = graph.call_function(torch.ops.attention_rewriter.block_sparse.default, call)
+            target, more = operators.block_sparse.default, (None,) * 7
+        pair = graph.call_function(target, (q, k, v, *more, text, recipe.backend))
         out = graph.call_function(operator.getitem, (pair, 0))
         out = from_canonical(graph, out, nodes.output.layout, site.heads)
     for node in graph.nodes:
