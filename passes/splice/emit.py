@@ -33,7 +33,8 @@ def emit(graph: fx.Graph, found: Match, recipe: Recipe) -> fx.Node:
         text = encode(recipe.spec)
         operators = torch.ops.attention_rewriter
         if recipe.padded:
-            target, more = operators.padded_block_sparse.default, (valid_keys(graph, found, v),)
+            target = operators.padded_block_sparse.default
+            more: tuple[fx.Node | None, ...] = (valid_keys(graph, found, v),)
         else:
             target, more = operators.block_sparse.default, (None,) * 7
         pair = graph.call_function(target, (q, k, v, *more, text, recipe.backend))
