@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewriter.errors import UnsupportedError, UsageError
+from rewriter.errors import UsageError
 
-BATCH, LENGTH = 2, 13
+BATCH, LENGTH, SOURCE = 2, 13, 11
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Examples:
         padded: name of the (batch, tokens) padding mask argument, or None.
         tokens: name of the (batch, tokens) integer input, or None.
         vocabulary: number of token ids, or 0.
+        source: names of the arguments that another sequence comes in by (encoder-decoder models);
+            `tokens` is then the input of the decoder.
     """
 
     primary: Call
@@ -44,6 +46,20 @@ class Examples:
     padded: str | None = None
     tokens: str | None = None
     vocabulary: int = 0
+    source: tuple[str, ...] = ()
+
+    def with_tokens(self, ids: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments for other token ids (batch, tokens), with the source of the primary
+        call for the same rows; no padding mask of the tokens.
+
+        Raises:
+            UsageError: the model takes no tokens, or more rows are asked for than there are.
+        """
+        rows = ids.shape[0]
+        if self.tokens is None or (self.source and rows > BATCH):
+            raise UsageError("the example call cannot be repeated with these token ids")
+        given = {name: self.primary.kwargs[name][:rows] for name in self.source}
+        return {self.tokens: ids, **given}
 
 
 def examples_for(model: nn.Module, given: Any = None) -> Examples:
@@ -61,13 +77,10 @@ def examples_for(model: nn.Module, given: Any = None) -> Examples:
         return _from_given(model, given)
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            "encoder-decoder models are not supported yet: their cross attention and cache are "
-            "not understood; rewrite the encoder alone, with example_inputs"
-        )
     parameters = _parameters(model)
     vocabulary: Any = getattr(config, "vocab_size", None)
+    if "decoder_input_ids" in parameters and vocabulary and main in _SOURCES:
+        return _for_pairs(model, int(vocabulary), main, parameters)
     if main == "input_ids" and vocabulary:
         return _for_tokens(model, int(vocabulary), parameters)
     if config is not None and main == "pixel_values" and hasattr(config, "image_size"):
@@ -75,6 +88,52 @@ def examples_for(model: nn.Module, given: Any = None) -> Examples:
     raise UsageError(
         f"cannot derive example inputs for {type(model).__name__}: its config does not tell how it "
         "is called; pass example_inputs=(...) or example_inputs={...}"
+    )
+
+
+_SOURCES = ("input_ids", "input_features")
+
+
+def _for_pairs(model: Any, vocabulary: int, main: str, parameters: frozenset[str]) -> Examples:
+    """Encoder-decoder models: two sequences of different lengths; only the source is padded."""
+    first = next(model.parameters())
+    masked = "attention_mask" in parameters and main == "input_ids"
+
+    def call(batch: int, length: int, source: int, pads: bool) -> Call:
+        generator = torch.Generator().manual_seed(batch * 1000 + length)
+        ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
+        kwargs: dict[str, Any] = {"decoder_input_ids": ids.to(first.device)}
+        if main == "input_ids":
+            values = torch.randint(0, vocabulary, (batch, source), generator=generator)
+            kwargs[main] = values.to(first.device)
+        else:  # spectra of a fixed length
+            config = model.config
+            frames = 2 * int(config.max_source_positions)
+            spectra = torch.randn(batch, int(config.num_mel_bins), frames, generator=generator)
+            kwargs[main] = spectra.to(first)
+        if masked:
+            mask = torch.ones(batch, source, dtype=torch.long)
+            for row in range(batch if pads else 0):
+                mask[row, source - 2 * row :] = 0
+            kwargs["attention_mask"] = mask.to(first.device)
+        if "use_cache" in parameters:
+            kwargs["use_cache"] = False
+        return Call((), kwargs)
+
+    variants = {
+        "longer than captured, batch 3": call(3, 29, 23, False),
+        "batch 1": call(1, 11, 7, False),
+    }
+    if masked:
+        variants["padded source"] = call(3, 17, 19, True)
+    return Examples(
+        primary=call(BATCH, LENGTH, SOURCE, False),
+        resized=call(BATCH + 1, LENGTH + 4, SOURCE + 4, False),
+        variants=variants,
+        cached="past_key_values" in parameters and _fills_a_cache(model),
+        tokens="decoder_input_ids",
+        vocabulary=vocabulary,
+        source=(main, "attention_mask") if masked else (main,),
     )
 
 

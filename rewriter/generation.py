@@ -139,8 +139,10 @@ def layer_of(cache: Any, index: int, spec: StateSpec) -> MixerCacheLayer:
     Raises:
         UnsupportedError: the cache is of another kind, or the place already holds tokens.
     """
+    if isinstance(cache, EncoderDecoderCache):  # attention to the source keeps no mixer state
+        cache = cache.self_attention_cache
     layers = cache.layers if isinstance(cache, Cache) and hasattr(cache, "layers") else None
-    if layers is None or isinstance(cache, EncoderDecoderCache):
+    if layers is None:
         raise UnsupportedError(
             f"layer {index}: a rewritten layer cannot keep its state in a "
             f"{type(cache).__name__}; pass a DynamicCache or StaticCache, or use_cache=False"

@@ -18,7 +18,7 @@ from rewriter.passes.examples import Call, Examples, examples_for
 from rewriter.passes.realise.cache_probe import cache_layers
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.realise.owner import EmissionCache, ReEmitted, make_owner
-from rewriter.passes.realise.sizes import SizeBook
+from rewriter.passes.realise.sizes import Name, SizeBook, Sizes
 from rewriter.passes.realise.visibility import ensure_called
 from rewriter.plan import Plan
 
@@ -60,7 +60,7 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
     return realise(model, targets_of(plan), examples)
 
 
-Caches = dict[tuple[str, type[nn.Module]], EmissionCache]
+Caches = dict[tuple[str, str, type[nn.Module]], EmissionCache]
 
 
 def realise(
@@ -90,7 +90,7 @@ def realise(
         fqn = target.site.fqn
         observed = _once(fqn, first[fqn])
         owner = model.get_submodule(fqn)
-        key = (target.site.fingerprint or fqn, type(owner))
+        key = (target.site.fingerprint or fqn, target.site.core_hash(), type(owner))
         if key not in caches:
             book = SizeBook()
             book.learn(observed.named, _once(fqn, second[fqn]).named, sizes)
@@ -111,12 +111,20 @@ def build_core(target: Target, layer: int | None, owner: nn.Module) -> nn.Module
     return core.train(owner.training)
 
 
-def call_sizes(call: Call) -> tuple[int, int]:
-    """(batch, tokens) of a model call, read off its first tensor."""
-    for value in (*call.args, *call.kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.dim() >= 2:
-            return int(value.shape[0]), int(value.shape[1])
-    raise UsageError("the example inputs hold no tensor with a batch and a token dimension")
+def call_sizes(call: Call) -> Sizes:
+    """Batch, tokens and, if a second sequence is there, its length, read off the tensors of a call.
+
+    The first tensor gives batch and tokens; the first integer tensor of another length the source.
+    """
+    tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)]
+    first = next((x for x in tensors if x.dim() >= 2), None)
+    if first is None:
+        raise UsageError("the example inputs hold no tensor with a batch and a token dimension")
+    sizes: dict[Name, int] = {"batch": int(first.shape[0]), "tokens": int(first.shape[1])}
+    for x in tensors:
+        if x.dim() == 2 and not x.is_floating_point() and x.shape[1] != first.shape[1]:
+            sizes.setdefault("source", int(x.shape[1]))
+    return sizes
 
 
 def _existing(model: nn.Module, fqn: str) -> None:

@@ -8,34 +8,41 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise.calls import removing
 
 
-def new_cache(model: nn.Module) -> DynamicCache:
+def new_cache(model: nn.Module) -> Cache:
     """The cache that `generate` would make for this model."""
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
-    return DynamicCache(config=text)
+    cache = DynamicCache(config=text)
+    if getattr(config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(cache, DynamicCache(config=text))
+    return cache
 
 
 def cache_layers(model: nn.Module, owners: Sequence[str], examples: Examples) -> dict[str, int]:
-    """Cache layer index by owner path; owners that do not use the cache are left out."""
+    """Cache layer index by owner path; owners that do not use the cache are left out.
+
+    Of an encoder-decoder model it is the index in the cache of the decoder's own tokens.
+    """
     if not examples.cached:
         return {}
     running: list[str] = []
     found: dict[str, int] = {}
     cache = new_cache(model)
-    update = cache.update
+    own: Any = getattr(cache, "self_attention_cache", cache)
+    update = own.update
 
     def watched(keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if running:
             found.setdefault(running[-1], layer_idx)
         return update(keys, values, layer_idx, *args, **kwargs)
 
-    cache.update = watched
+    own.update = watched
     with ExitStack() as stack, torch.no_grad():
         for fqn in owners:
             module = model.get_submodule(fqn)

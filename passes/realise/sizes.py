@@ -16,13 +16,14 @@ from transformers.cache_utils import Cache
 
 from rewriter.passes.realise.calls import Path, map_leaves, walk
 
-Name = Literal["batch", "tokens"]
-GENERIC: Mapping[Name, int] = {"batch": 2, "tokens": 13}
+Name = Literal["batch", "tokens", "source"]
+Sizes = Mapping[Name, int]
+GENERIC: Sizes = {"batch": 2, "tokens": 13, "source": 11}
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A size that is `factor` times the batch or the number of tokens."""
+    """A size that is `factor` times the batch, the tokens or those of a second sequence."""
 
     name: Name
     factor: int = 1
@@ -41,26 +42,17 @@ class SizeBook:
         self,
         first: Mapping[str, Any],
         second: Mapping[str, Any],
-        sizes: tuple[tuple[int, int], tuple[int, int]],
+        sizes: tuple[Sizes, Sizes],
     ) -> None:
-        """Compare two calls made at (batch, tokens) = sizes[0] and sizes[1]."""
+        """Compare two calls made at the sizes sizes[0] and sizes[1]."""
         others = dict(walk(dict(second)))
-        (batch, tokens), (other_batch, other_tokens) = sizes
         for path, value in walk(dict(first)):
             other = others.get(path)
             if not isinstance(value, torch.Tensor) or not isinstance(other, torch.Tensor):
                 continue
-            shape: list[Label] = []
-            for a, b in zip(value.shape, other.shape, strict=True):
-                if a == b:
-                    shape.append(int(a))
-                elif a % batch == 0 and a // batch * other_batch == b:
-                    shape.append(Scaled("batch", a // batch))
-                elif a % tokens == 0 and a // tokens * other_tokens == b:
-                    shape.append(Scaled("tokens", a // tokens))
-                else:
-                    shape.append(Scaled("tokens"))
-            self.labels[path] = tuple(shape)
+            pairs = zip(value.shape, other.shape, strict=True)
+            shape = tuple(int(a) if a == b else _scaled(a, b, sizes) for a, b in pairs)
+            self.labels[path] = shape
 
     def fixed(self) -> dict[str, frozenset[int]]:
         """Dimensions that did not change with batch or length, by the capture's input path."""
@@ -75,13 +67,13 @@ class SizeBook:
         self, named: Mapping[str, Any], tensors: Mapping[Path, torch.Tensor]
     ) -> dict[str, Any]:
         """The call with every tensor at generic sizes; values are kept where sizes agree."""
-        known: dict[str, int] = {}
+        known: dict[Name, int] = {}
         for path, tensor in tensors.items():
             for label, size in zip(self.labels.get(path, ()), tensor.shape, strict=False):
                 if isinstance(label, Scaled):
                     known.setdefault(label.name, int(size) // label.factor)
         cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
-        if not cached and known.get("batch", 2) > 1 and known.get("tokens", 2) > 1:
+        if not cached and all(size > 1 for size in known.values()):
             return dict(named)
         made: dict[int, torch.Tensor] = {}
 
@@ -94,7 +86,7 @@ class SizeBook:
 
         return map_leaves(named, change)
 
-    def _rebuilt(self, path: Path, value: torch.Tensor, known: Mapping[str, int]) -> torch.Tensor:
+    def _rebuilt(self, path: Path, value: torch.Tensor, known: Mapping[Name, int]) -> torch.Tensor:
         labels = self.labels.get(path)
         if labels is None or len(labels) != value.dim():
             labels = tuple(_guess(d, n, value, known) for d, n in enumerate(value.shape))
@@ -104,12 +96,23 @@ class SizeBook:
         return torch.randn(shape, device=value.device).to(value.dtype)
 
 
-def _guess(dim: int, size: int, value: torch.Tensor, known: Mapping[str, int]) -> Label:
+def _scaled(one: int, other: int, sizes: tuple[Sizes, Sizes]) -> Scaled:
+    """Which size of the call grew like this one; tokens if none did."""
+    for name, size in sizes[0].items():
+        grown = sizes[1].get(name, size)
+        if one % size == 0 and one // size * grown == other:
+            return Scaled(name, one // size)
+    return Scaled("tokens")
+
+
+def _guess(dim: int, size: int, value: torch.Tensor, known: Mapping[Name, int]) -> Label:
     """Best reading of an input never seen before: first dimension batch, mask tails tokens."""
     if dim == 0 and size == known.get("batch", size):
         return Scaled("batch")
-    if value.dim() == 4 and dim >= 2:
-        return Scaled("tokens")
-    if size == known.get("tokens") and size != 1:
-        return Scaled("tokens")
+    lengths: list[Name] = [name for name in ("tokens", "source") if name in known] or ["tokens"]
+    if value.dim() == 4 and dim >= 2:  # a mask: queries are tokens, keys may be another sequence
+        return Scaled(lengths[0] if dim == 2 else lengths[-1])
+    for name in lengths:
+        if size == known.get(name) and size != 1:
+            return Scaled(name)
     return int(size)

@@ -50,7 +50,7 @@ def _output(owner: nn.Module, named: Any) -> torch.Tensor:
 
 def _long_call(examples: Examples) -> Call:
     """Random tokens, long enough that windows end; the captured call for other models."""
-    if examples.tokens is None or not examples.cached:
+    if examples.tokens is None or examples.source or not examples.cached:
         return examples.primary
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, examples.vocabulary, (1, LENGTH), generator=generator)

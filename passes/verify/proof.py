@@ -12,7 +12,7 @@ from torch import nn
 
 from rewriter.errors import RewriterError
 from rewriter.ir.site import AttentionSite
-from rewriter.passes.examples import Call, Examples
+from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.realise.calls import Observed, map_leaves, observe
@@ -155,22 +155,23 @@ def cached_difference(
     """Largest logit difference of prefill + decode between two models, each with its own cache."""
     steps: list[torch.Tensor] = []
     for model in (ours, theirs):
-        steps.append(torch.cat(cached_logits(model, examples.primary, split), dim=1))
+        steps.append(torch.cat(cached_logits(model, examples, split), dim=1))
     return max_difference(steps[0], steps[1])
 
 
-def cached_logits(model: nn.Module, call: Call, split: int) -> list[torch.Tensor]:
+def cached_logits(model: nn.Module, examples: Examples, split: int) -> list[torch.Tensor]:
     """Logits of a prefill of `split` tokens followed by single tokens."""
-    ids = call.kwargs["input_ids"]
-    mask = call.kwargs.get("attention_mask")
+    call = examples.primary
+    ids = call.kwargs[str(examples.tokens)]
+    mask = call.kwargs.get(examples.padded) if examples.padded is not None else None
     cache = new_cache(model)
     out: list[torch.Tensor] = []
     edges = [0, split, *range(split + 1, ids.shape[1] + 1)]
     with torch.no_grad():
         for start, stop in itertools.pairwise(edges):
-            kwargs: dict[str, Any] = {"input_ids": ids[:, start:stop]}
+            kwargs = examples.with_tokens(ids[:, start:stop])
             if mask is not None:
-                kwargs["attention_mask"] = mask[:, :stop]
+                kwargs[str(examples.padded)] = mask[:, :stop]
             result = model(**kwargs, past_key_values=cache, use_cache=True)
             out.append(first_tensor(result))
     return out

@@ -35,24 +35,24 @@ def check_model(
         yield ContractResult(4, "whole model", "model", "not applicable", detail=detail)
         return
     ids = token_ids(examples, 2, LENGTH)
-    full = _run(rewritten, ids)
+    full = _run(rewritten, ids, examples)
     scale = max(1.0, float(full.abs().max()))
     low = 200.0 if full.dtype in (torch.bfloat16, torch.float16) else 1.0
     bound = BOUND * low
     if examples.cached:
         for name, sizes in _splits().items():
-            measured = max_difference(_cached(rewritten, ids, sizes), full) / scale
+            measured = max_difference(_cached(rewritten, ids, examples, sizes), full) / scale
             yield judged(
                 3, f"logits with a cache, {name}, = full forward", "model", measured, bound
             )
     if causal:
         changed = ids.clone()
         changed[:, LENGTH // 2 :] = (changed[:, LENGTH // 2 :] + 1) % examples.vocabulary
-        after = _run(rewritten, changed)
+        after = _run(rewritten, changed, examples)
         half = slice(0, LENGTH // 2)
         measured = max_difference(after[:, half], full[:, half]) / scale
         yield judged(4, "later tokens change no earlier output", "model", measured, bound / 10)
-    measured = max_difference(_run(rewritten, ids[:1]), full[:1]) / scale
+    measured = max_difference(_run(rewritten, ids[:1], examples), full[:1]) / scale
     yield judged(4, "batch rows are independent", "model", measured, bound)
     if examples.padded is not None:
         for side in ("left", "right"):
@@ -61,7 +61,7 @@ def check_model(
             detail = f"the original model itself: {theirs:.1e}"
             allowed = max(bound, 2 * theirs)
             yield judged(4, f"{side} padding changes nothing", "model", ours, allowed, detail)
-    one = _run(rewritten, ids[:, :1])
+    one = _run(rewritten, ids[:, :1], examples)
     finite = 0.0 if bool(torch.isfinite(one).all()) else float("inf")
     yield judged(4, "length 1 and unseen lengths run", "model", finite, 0.0)
 
@@ -74,9 +74,9 @@ def _splits() -> dict[str, list[int]]:
     }
 
 
-def _run(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+def _run(model: nn.Module, ids: torch.Tensor, examples: Examples, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        return first_tensor(model(input_ids=ids, **_no_cache(model), **kwargs))
+        return first_tensor(model(**examples.with_tokens(ids), **_no_cache(model), **kwargs))
 
 
 def _no_cache(model: nn.Module) -> dict[str, Any]:
@@ -84,14 +84,17 @@ def _no_cache(model: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if accepts else {}
 
 
-def _cached(model: nn.Module, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def _cached(
+    model: nn.Module, ids: torch.Tensor, examples: Examples, sizes: list[int]
+) -> torch.Tensor:
     cache = new_cache(model)
     outs: list[torch.Tensor] = []
     at = 0
     with torch.no_grad():
         for size in sizes:
             part = ids[:, at : at + size]
-            out = model(input_ids=part, past_key_values=cache, use_cache=True)
+            kwargs = examples.with_tokens(part)
+            out = model(**kwargs, past_key_values=cache, use_cache=True)
             outs.append(first_tensor(out))
             at += size
     return torch.cat(outs, dim=1)
@@ -110,8 +113,8 @@ def _padded_difference(
     if "position_ids" in inspect.signature(model.forward).parameters and side == "left":
         kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     kept = slice(pads, None) if side == "left" else slice(0, ids.shape[1])
-    plain = _run(model, ids, **{str(examples.padded): ones})
-    return max_difference(_run(model, wide, **kwargs)[:, kept], plain)
+    plain = _run(model, ids, examples, **{str(examples.padded): ones})
+    return max_difference(_run(model, wide, examples, **kwargs)[:, kept], plain)
 
 
 def run_call(model: nn.Module, call: Call) -> torch.Tensor:

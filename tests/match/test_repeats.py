@@ -107,6 +107,7 @@ class Wide(ScaledByIndex):
         self.mlp = nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(8, 8), nn.Tanh())))
 
 
+@pytest.mark.nightly
 def test_unequal_layers_may_hold_equal_parts() -> None:
     model = Stack([Wide(i) for i in range(2)])
     assert groups(model) == {("blocks.0.mlp", "blocks.1.mlp")}

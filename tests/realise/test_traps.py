@@ -163,22 +163,6 @@ def first_owner_of(model: nn.Module) -> nn.Module:
     return next(m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
 
 
-def test_encoder_decoder_is_refused_with_a_sentence() -> None:
-    import transformers as hf
-
-    config = hf.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        d_kv=16,
-        d_ff=96,
-        num_layers=1,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    with pytest.raises(rewriter.RewriterError, match="encoder-decoder"):
-        rewritten(hf.T5ForConditionalGeneration(config).eval())
-
-
 def test_original_is_untouched_and_shares_its_parameters(llama: Any) -> None:
     before = {n: p.clone() for n, p in llama.state_dict().items()}
     classes = [type(m) for m in llama.modules()]
