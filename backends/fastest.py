@@ -14,11 +14,8 @@ import json
 import math
 import os
 import platform
-import time
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import torch
@@ -29,6 +26,7 @@ from rewriter.backends.cache import VARIABLE as CACHE
 from rewriter.backends.cache import cache_directory
 from rewriter.backends.cpu import linear as generated
 from rewriter.backends.cpu.target import host_target
+from rewriter.timing import interleaved
 
 Winner = Literal["generated", "stock"]
 ONLY = "ATTENTION_REWRITER_BACKENDS"
@@ -93,17 +91,15 @@ def _measure(
         scale = float(theirs.abs().max())
         if float((ours.float() - theirs.float()).abs().max()) > _TOLERANCE[dtype] * scale:
             return float("inf"), 0.0
-        return _interleaved(lambda: generated.forward(x, weight, None), lambda: F.linear(x, weight))
-
-
-def _interleaved(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
-    taken: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_RUNS):
-        for run, to in zip((ours, theirs), taken, strict=True):
-            start = time.perf_counter()
-            run()
-            to.append(time.perf_counter() - start)
-    return median(taken[0]), median(taken[1])
+        times = interleaved(
+            {
+                "generated": lambda: generated.forward(x, weight, None),
+                "stock": lambda: F.linear(x, weight),
+            },
+            seconds=0.0,
+            rounds=(_RUNS, _RUNS),
+        )
+    return times["generated"].median, times["stock"].median
 
 
 def _read(file: Path) -> dict[str, tuple[float, float]]:

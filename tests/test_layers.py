@@ -17,7 +17,13 @@ TREES = {"rewriter": ROOT / "rewriter", "rewriter.passes": ROOT / "passes",
          "rewriter.backends": ROOT / "backends"}  # fmt: skip
 ORDER = (
     ("rewriter.errors", "rewriter.ir"),
-    ("rewriter.documents", "rewriter.atomic", "rewriter.generation", "rewriter.kv_cache"),
+    (
+        "rewriter.documents",
+        "rewriter.atomic",
+        "rewriter.timing",
+        "rewriter.generation",
+        "rewriter.kv_cache",
+    ),
     ("rewriter.backends",),
     ("rewriter.mixers",),
     ("rewriter.targets", "rewriter.plan"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +12,7 @@ from rewriter.ir.site import AttentionSite
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.tokens import Tokens
 from rewriter.passes.verify.cores import sample
+from rewriter.timing import interleaved
 
 LENGTHS = (256, 1024, 4096)
 
@@ -28,17 +27,6 @@ def original_core(site: AttentionSite, data: Tokens) -> Callable[[], torch.Tenso
         return F.scaled_dot_product_attention(data.q, k, v, is_causal=causal, scale=site.scale)
 
     return run
-
-
-def _time(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each function, interleaved."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for position, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            times[position].append(time.perf_counter() - start)
-    return [median(t) for t in times]
 
 
 def check_speed(
@@ -63,9 +51,9 @@ def check_speed(
             return core.mix(data)
 
         with torch.no_grad():
-            _time([run], 1)
-            ours, theirs = _time([run, original_core(core.site, data)], 3)
-        ratio = theirs / ours
+            contenders = {"core": run, "original": original_core(core.site, data)}
+            times = interleaved(contenders, seconds=0.0, rounds=(3, 3))
+        ratio = times["original"].median / times["core"].median
         figures.append(f"{tokens}: {ratio:.2f}x")
         if ratio >= 1.0 and crossover is None:
             crossover = tokens

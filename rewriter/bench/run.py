@@ -14,8 +14,8 @@ from rewriter.backends.cpu.probe import Limits, measure
 from rewriter.bench.cases import CASES, Case, Setting
 from rewriter.bench.machine import Machine, this_machine
 from rewriter.bench.memory import peak_bytes
-from rewriter.bench.timing import Clock, interleaved
 from rewriter.errors import UsageError
+from rewriter.timing import Clock, interleaved
 
 OURS = "ours"
 

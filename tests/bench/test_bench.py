@@ -13,9 +13,9 @@ from rewriter.bench.machine import Machine, this_machine
 from rewriter.bench.memory import peak_bytes
 from rewriter.bench.plot import draw
 from rewriter.bench.run import Options, Point, Table, chosen, run
-from rewriter.bench.timing import interleaved
 from rewriter.cli.main import app
 from rewriter.errors import UsageError
+from rewriter.timing import interleaved
 
 MACHINE = Machine("a processor", ("avx2",), 2, 1, "2.13")
 
