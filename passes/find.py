@@ -8,7 +8,7 @@ around these that can be captured alone are matched with the inputs they were ca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -17,10 +17,18 @@ from rewriter.ir.site import AttentionSite, NearMiss, Source
 from rewriter.passes.capture import Captured, capture
 from rewriter.passes.examples import Examples
 from rewriter.passes.locate import find_softmax_modules
-from rewriter.passes.match import match
+from rewriter.passes.match import Match, match
 from rewriter.passes.match.mlp import match_mlps
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.repeats import repeated
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The graph of a whole model, and the attention matched in it."""
+
+    captured: Captured
+    matches: tuple[Match, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Inspection:
         mlp_misses: what looked like an MLP block, and why it is none.
         parts: modules that were captured alone, since the model as a whole does not trace;
             with `whole` the reason of that. Masks that come from outside a part are opaque.
+        graph: of a model that traces as a whole.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -42,6 +51,7 @@ class Inspection:
     whole: NearMiss | None = None
     mlps: tuple[MlpSite, ...] = ()
     mlp_misses: tuple[NearMiss, ...] = ()
+    graph: Graph | None = field(default=None, repr=False, compare=False)
 
 
 def find(model: nn.Module, examples: Examples) -> Inspection:
@@ -66,6 +76,7 @@ def _matched(captured: Captured) -> Inspection:
         found.misses,
         mlps=tuple(m.site for m in mlps.matches),
         mlp_misses=mlps.misses,
+        graph=Graph(captured, found.matches),
     )
 
 
@@ -163,6 +174,7 @@ def _moved(part: Inspection, old: str, new: str) -> Inspection:
         misses=tuple(_inside(m, new, old) for m in part.misses),
         mlps=tuple(mlp.renamed(path) for mlp in part.mlps),
         mlp_misses=tuple(_inside(m, new, old) for m in part.mlp_misses),
+        graph=None,
     )
 
 

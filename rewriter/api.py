@@ -17,6 +17,7 @@ from rewriter.ir.site import NearMiss
 from rewriter.passes.examples import examples_for
 from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
+from rewriter.passes.step import attach
 from rewriter.passes.verify import Level, SiteProof, prove_sites
 from rewriter.passes.verify import verify as run_contracts
 from rewriter.plan import Plan
@@ -84,6 +85,8 @@ def rewrite(
             cache.forget_captures()
         clock.lap("verify")
     _restore_modes(model, result)
+    if found.graph is not None:
+        attach(result, found.graph.captured, found.graph.matches)
     plan = plan.model_copy(
         update={
             "decisions": [

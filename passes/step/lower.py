@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewriter.backends.cpu.build import NoKernel
+from rewriter.backends.cpu.step import AttendKernel, attend_kernel
+from rewriter.ir.decode import Decode
 from rewriter.ir.mask import Causal, KeyPadding, Window
 from rewriter.ir.site import AttentionSite
 from rewriter.mixers.base import Mixer
@@ -50,10 +53,10 @@ class Template:
 
 @dataclass(frozen=True)
 class Core:
-    """A core of the program: its mixer, and whether the kernel runs it (else Python does)."""
+    """A core of the program: its mixer, and the kernel that runs it; None if Python does."""
 
     mixer: Mixer
-    on_kernel: bool
+    kernel: AttendKernel | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def lower(template: Template, model: nn.Module, batch: int) -> Program | str:
         return str(error)
 
 
-def core_of(model: nn.Module, site: AttentionSite) -> Core:
+def core_of(model: nn.Module, site: AttentionSite, dtype: torch.dtype) -> Core:
     """The core that serves a site.
 
     Raises:
@@ -99,13 +102,20 @@ def core_of(model: nn.Module, site: AttentionSite) -> Core:
     if mixer.layer is None or site.kind != "causal" or site.has_bias or site.cross or site.sinks:
         raise UnsupportedStepError(f"the attention of '{site.fqn}' is no plain cached attention")
     if not isinstance(mixer, Keep):
-        return Core(mixer, False)
+        if mixer.needs_hidden:
+            raise UnsupportedStepError(f"'{mixer.info.name}' reads what the projections read")
+        return Core(mixer, None)
     plain = all(isinstance(a, (Causal, Window, KeyPadding)) for a in site.mask.atoms)
     why = None if plain else "its mask is neither causal nor a window"
     why = why or Fused.refuse(site, FusedOptions())
     if why is not None:
         raise UnsupportedStepError(f"the attention of '{site.fqn}' stays as it is: {why}")
-    return Core(mixer, True)
+    heads = site.heads
+    spec = Decode(heads.key_dim, heads.value_dim, site.scale, site.softcap)
+    kernel = attend_kernel(spec, dtype)
+    if isinstance(kernel, NoKernel):
+        raise UnsupportedStepError(kernel.reason)
+    return Core(mixer, kernel)
 
 
 class _Lowering:
@@ -123,7 +133,7 @@ class _Lowering:
         self.at = {m.nodes.output.node: m for m in template.matches}
 
     def run(self) -> Program:
-        results = self.nodes[-1].args[0]
+        results: Any = self.nodes[-1].args[0]
         if not isinstance(results, Sequence) or len(results) != 1:
             raise UnsupportedStepError("the model returns more than one tensor")
         (output,) = results
@@ -191,8 +201,8 @@ class _Lowering:
         if node in self.at:
             return self._core(self.at[node])
         target = node.target
-        args = fx.map_arg(node.args, self.env.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self.env.__getitem__)
+        args: Any = fx.map_arg(node.args, self.env.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, self.env.__getitem__)
         name = str(target)
         if name == "aten.sym_size.int":
             return args[0].shape[args[1]]
@@ -255,7 +265,6 @@ class _Lowering:
         return self._weight(f"constant {node.name}", torch.arange(*bounds).float())
 
     def _core(self, match: Match) -> Value:
-        core = core_of(self.model, match.site)
         heads, nodes = match.site.heads, match.nodes
         query = self._canonical(nodes.query, match.site, QUERY)
         key, value = (self._canonical(x, match.site, KEY) for x in (nodes.key, nodes.value))
@@ -266,11 +275,16 @@ class _Lowering:
         )
         if (query.shape, key.shape, value.shape) != expected:
             raise UnsupportedStepError(f"the operands of '{match.site.fqn}' have other sizes")
+        core = core_of(self.model, match.site, value.dtype)
         out = self.emit.new((self.batch, heads.query, heads.value_dim), value.dtype)
+        room = None
+        if core.kernel is not None:
+            sizes = (self.batch, heads.query, heads.key_dim, heads.value_dim)
+            room = Buffer(core.kernel.scratch(*sizes))
         self.cores.append(core)
         self.emit.drafts.append(
-            Draft("attend" if core.on_kernel else "call", out, (query, key, value),
-                  core=len(self.cores) - 1, room=Buffer(1) if core.on_kernel else None)
+            Draft("call" if room is None else "attend", out, (query, key, value),
+                  core=len(self.cores) - 1, room=room)
         )  # fmt: skip
         return self._laid_out(out, nodes.output.layout, match.site)
 
@@ -324,13 +338,13 @@ class _Lowering:
         x = v.permuted(x, [axes.index(a) for a in flat if a in axes])
         if len([a for a in flat if a in axes]) != len(axes):
             raise UnsupportedStepError(f"the output of '{site.fqn}' lies as {layout.dims}")
-        shape = []
+        sides: list[int] = []
         for dim in layout.dims:
             size = 1
             for axis in dim:
                 size *= sizes[axis]
-            shape.append(size)
-        return self.emit.reshaped(x, shape)
+            sides.append(size)
+        return self.emit.reshaped(x, sides)
 
 
 def node_leaves(value: Any) -> list[Any]:

@@ -47,7 +47,7 @@ class Emit:
         return self.add(op, self.new(x.shape, dtype), self.loaded(x), s=s, t=t)
 
     def two(self, op: str, x: Value, y: Value, dtype: torch.dtype, s: float = 1.0) -> Value:
-        shape = torch.broadcast_shapes(x.shape, y.shape)
+        shape = v.broadcast(x.shape, y.shape)
         x, y = (v.expanded(self.loaded(z), shape) for z in (x, y))
         return self.add(op, self.new(shape, dtype), x, y, s=s)
 
@@ -137,6 +137,8 @@ def _binary(op: str) -> Rule:
 
 def _pow(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
     x, exponent = args
+    if float(exponent) == 3.0:
+        return e.two("mul", e.one("square", x, dtype), x, dtype)
     named = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}.get(float(exponent))
     return e.one(named or "pow", x, dtype, float(exponent))
 
@@ -225,7 +227,8 @@ def _unbind(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.
 
 
 def _flatten(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    x, start, end = (*args, *(0, -1)[len(args) - 1 :])
+    x = args[0]
+    start, end = (args[1] if len(args) > 1 else 0), (args[2] if len(args) > 2 else -1)
     start, end = v.dim_of(x, start), v.dim_of(x, end)
     return e.reshaped(x, (*x.shape[:start], -1, *x.shape[end + 1 :]))
 
@@ -249,7 +252,8 @@ def _dropout(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch
 
 
 def _slice(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    return v.sliced(*(*args, *(0, None, None, 1)[len(args) - 1 :]))
+    dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+    return v.sliced(args[0], dim, start, end, step)
 
 
 def _same(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:

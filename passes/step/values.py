@@ -126,6 +126,13 @@ def unsqueezed(x: Value, dim: int) -> Value:
     )
 
 
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape that both broadcast to."""
+    rank = max(len(a), len(b))
+    a, b = (1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b
+    return tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
+
+
 def expanded(x: Value, shape: Sequence[int]) -> Value:
     """Broadcast to `shape`; -1 keeps a size."""
     more = len(shape) - len(x.shape)
