@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 @dataclass
@@ -48,8 +51,8 @@ class Guard:
             m: Any = w.module
             if (
                 m.training
-                or m._forward_hooks
                 or m._forward_pre_hooks
+                or (m._forward_hooks and not _idle(m._forward_hooks.values()))
                 or "forward" in m.__dict__
                 or m._modules != w.children
             ):
@@ -63,6 +66,14 @@ class Guard:
             if w.places and w.places != (now := _places(w.module)):
                 w.places, changed = now, True
         return changed
+
+
+def _idle(hooks: Iterable[Any]) -> bool:
+    """Whether all hooks are those that transformers leaves behind once outputs were asked for.
+
+    They do nothing in a call that asks for none, and other calls do not run as a step.
+    """
+    return all(getattr(h, "__module__", "") == _CAPTURING for h in hooks)
 
 
 def _places(m: nn.Module) -> dict[str, int]:

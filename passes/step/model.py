@@ -72,7 +72,7 @@ class Decoding:
         if ids.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not cache.layers:
             return None
         seen, batch = int(cache.get_seq_length()), int(ids.shape[0])
-        kind = _kind(kwargs, seen, batch)
+        kind = _kind(model, kwargs, seen, batch)
         if seen == 0 or kind is None or not self.guard.holds():
             return None
         if self.guard.moved():
@@ -184,9 +184,14 @@ def _unfit(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> st
     return None
 
 
-def _kind(kwargs: Mapping[str, Any], seen: int, batch: int) -> Any:
+# What a config may ask for, other than by the call.
+_ASKED = ("output_attentions", "output_hidden_states", "use_cache", "return_dict")
+
+
+def _kind(model: nn.Module, kwargs: Mapping[str, Any], seen: int, batch: int) -> Any:
     """Everything about a call that is not a token, a cache or a trivial mask; None: not trivial."""
-    rest: list[tuple[str, Any]] = []
+    config = getattr(model, "config", None)
+    rest: list[tuple[str, Any]] = [(f"config {n}", getattr(config, n, None)) for n in _ASKED]
     for name, value in kwargs.items():
         if name in ("input_ids", "past_key_values"):
             continue
