@@ -15,12 +15,14 @@ from torch import nn
 from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite, NearMiss, Source
 from rewriter.passes.capture import Captured, capture
+from rewriter.passes.exact import linears
 from rewriter.passes.examples import Examples
 from rewriter.passes.locate import find_softmax_modules
 from rewriter.passes.match import Match, match
 from rewriter.passes.match.mlp import match_mlps
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.repeats import repeated
+from rewriter.plan import LinearLayer
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Inspection:
         parts: modules that were captured alone, since the model as a whole does not trace;
             with `whole` the reason of that. Masks that come from outside a part are opaque.
         graph: of a model that traces as a whole.
+        linears: linear layers of a model that traces as a whole, where they were asked for.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -51,15 +54,21 @@ class Inspection:
     whole: NearMiss | None = None
     mlps: tuple[MlpSite, ...] = ()
     mlp_misses: tuple[NearMiss, ...] = ()
+    linears: tuple[LinearLayer, ...] = ()
     graph: Graph | None = field(default=None, repr=False, compare=False)
 
 
-def find(model: nn.Module, examples: Examples) -> Inspection:
-    """Every attention block of the model that is understood, and a miss for every other one."""
+def find(model: nn.Module, examples: Examples, layers: bool = False) -> Inspection:
+    """Every attention block of the model that is understood, and a miss for every other one.
+
+    Args:
+        layers: time and prove linear layers too (`passes.exact.linears`).
+    """
     primary, resized = examples.primary, examples.resized
     captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
     if not isinstance(captured, NearMiss):
-        return _matched(captured)
+        found = _matched(captured)
+        return replace(found, linears=tuple(linears.find(captured, model))) if layers else found
     try:
         inner = find_softmax_modules(model, primary.args, primary.kwargs)
     except Exception:  # it does not even run; the reason of the capture says where

@@ -12,6 +12,7 @@ from torch import nn
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.registry import get
+from rewriter.passes.exact import linears
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target
 from rewriter.passes.verify.accounting import check_accounting, check_keys, check_round_trip
@@ -22,6 +23,7 @@ from rewriter.passes.verify.gap import check_gap
 from rewriter.passes.verify.proof import EXACT, SiteProof, cached_difference
 from rewriter.passes.verify.speed import check_speed
 from rewriter.passes.verify.whole import check_model, run_call
+from rewriter.plan import LinearLayer
 
 Level = Literal["full", "quick", "none"]
 
@@ -37,6 +39,7 @@ def verify(
     wanted_length: int | None = None,
     forced: bool = False,
     caches: Caches | None = None,
+    layers: Sequence[LinearLayer] = (),
 ) -> list[ContractResult]:
     """Run the contracts.
 
@@ -50,6 +53,7 @@ def verify(
         level: 'full'; 'quick' leaves out speed and the teacher gap; 'none' runs nothing.
         wanted_length, forced: for contract 10, see `check_speed`.
         caches: traces made so far, see `realise`.
+        layers: linear layers that were changed.
     """
     if level == "none":
         return []
@@ -64,7 +68,8 @@ def verify(
         out += check_core(core, subject)
     out += _identity(original, identity, proofs, examples)
     out += check_keys(original, rewritten)
-    out += check_round_trip(original, rewritten, targets, examples, caches)
+    out += check_round_trip(original, rewritten, targets, examples, caches, layers)
+    out += linears.results(rewritten, layers)
     out += check_exact(original, rewritten, exact, examples)
     if not changed:
         out += _lossless(original, rewritten, examples)
