@@ -14,7 +14,7 @@ from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.ir.site import NearMiss
-from rewriter.passes.exact import linears
+from rewriter.passes.exact import linears, padding
 from rewriter.passes.examples import examples_for
 from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
@@ -79,11 +79,14 @@ def rewrite(
         if not targets:
             raise NoSiteError(_nothing_left(plan))
         result = realise(share_parameters(model), targets, examples, caches)
+        if isinstance(wanted, Policy) and wanted.packed:
+            plan = plan.model_copy(update={"packed": padding.plan(model, result, examples)})
         linears.apply(result, plan.linears)
+        padding.apply(result, plan.packed)
         clock.lap("realise")
         contracts = run_contracts(
             *(model, identity, result, targets, proofs, examples, verify, length, force, caches),
-            plan.linears,
+            plan,
         )
         for cache in caches.values():
             cache.forget_captures()

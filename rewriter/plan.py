@@ -90,6 +90,27 @@ class LinearLayer(_Strict):
     gains: dict[str, float] = Field(default_factory=dict)
 
 
+class PackedLayer(_Strict):
+    """A layer that leaves padding out of its computation.
+
+    Attributes:
+        fqn: the module; its attention is at `site`.
+        site: path of the module that owns the attention, inside or equal to `fqn`.
+        tokens: paths of its tensor inputs with a (batch, token, ...) shape, dotted.
+        masks: paths of the mask inputs of its attention.
+        status, reason: as of a `Decision`.
+        error: largest difference at real tokens, relative to the largest value.
+    """
+
+    fqn: str
+    site: str
+    tokens: list[str] = Field(default_factory=list)
+    masks: list[str] = Field(default_factory=list)
+    status: Status = "planned"
+    reason: str | None = None
+    error: float = 0.0
+
+
 class Plan(_Strict):
     """All decisions of a rewrite, with the misses that were reported.
 
@@ -98,6 +119,7 @@ class Plan(_Strict):
         policy: name of the policy it came from, for people.
         decisions: one per site, in the order the sites run.
         linears: linear layers that run on faster code, and those left alone with the reason.
+        packed: layers that leave padding out, and those that do not with the reason.
         misses: near misses as text.
         tool: version of this package that wrote it.
     """
@@ -107,6 +129,7 @@ class Plan(_Strict):
     tool: str = ""
     decisions: list[Decision] = Field(default_factory=list)
     linears: list[LinearLayer] = Field(default_factory=list)
+    packed: list[PackedLayer] = Field(default_factory=list)
     misses: list[str] = Field(default_factory=list)
 
     def carried_out(self) -> Plan:
@@ -118,7 +141,7 @@ class Plan(_Strict):
                     x if x.status == "refused" else x.model_copy(update=done)
                     for x in getattr(self, name)
                 ]
-                for name in ("decisions", "linears")
+                for name in ("decisions", "linears", "packed")
             }
         )
 

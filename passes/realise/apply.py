@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache
 from rewriter.errors import UsageError, VerificationError
 from rewriter.ir.site import AttentionSite
 from rewriter.mixers import registry
-from rewriter.passes.exact import linears
 from rewriter.passes.examples import Call, Examples, examples_for
 from rewriter.passes.realise.cache_probe import cache_layers
 from rewriter.passes.realise.calls import Observed, observe
@@ -58,9 +57,9 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
         UsageError: the plan names a module the model does not have.
         VerificationError: an owner is not called exactly once per forward.
     """
-    model = realise(model, targets_of(plan), examples)
-    linears.apply(model, plan.linears)
-    return model
+    from rewriter.passes.exact.rest import rest  # needs realisation itself
+
+    return rest(realise(model, targets_of(plan), examples), plan)
 
 
 Caches = dict[tuple[str, str, type[nn.Module]], EmissionCache]
