@@ -256,7 +256,7 @@ def _idle(hook: Any) -> bool:
     if getattr(hook, "__module__", "") != output_capturing.__name__:
         return False
     collector = getattr(output_capturing, "_active_collector", None)
-    return collector is not None and collector.get() is None
+    return collector is not None and not collector.get()
 
 
 def _valid(
