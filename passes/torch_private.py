@@ -217,7 +217,7 @@ def trace_static(
     """The undecomposed graph of a function on fake tensors of fixed sizes."""
     leaves = [mode.from_tensor(t, static_shapes=True) for t in arguments]
     tracer = make_fx(function, tracing_mode="fake", pre_dispatch=True)
-    return cast(fx.GraphModule, tracer(*leaves))
+    return tracer(*leaves)
 
 
 class Symbols:

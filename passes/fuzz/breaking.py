@@ -1,34 +1,24 @@
 """Edits after which a program computes something else, by the place where they act.
 
-`refuse`: the result is no attention of a kind that a core can stand for. `truthful`: it is attention
-with other facts; it may be found if the facts found describe it.
+`refuse`: the result is no attention that a core can stand for. `truthful`: it is attention with
+other facts; it may be found if the facts found describe it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from rewriter.passes.fuzz import masking, scoring, weighing
-from rewriter.passes.fuzz.edit import Chosen, Edit, Effect
-from rewriter.passes.fuzz.laid import Laid, Tensor
+from rewriter.passes.fuzz import masking, weighing
+from rewriter.passes.fuzz.edit import Chosen, Edit, table
+from rewriter.passes.fuzz.laid import Laid
+from rewriter.passes.fuzz.leaking import LEAKS, OPERANDS
 from rewriter.passes.fuzz.spec import Spec
-
-When = Callable[[Spec, Chosen], bool]
 
 
 def _self_attention(spec: Spec, chosen: Chosen) -> bool:
     return not spec.cross
-
-
-def _table(
-    slot: str, codes: dict[str, Any], effect: Effect = "refuse", when: When | None = None
-) -> tuple[Edit, ...]:
-    return tuple(
-        Edit(slot, name, code, when or (lambda s, c: True), effect) for name, code in codes.items()
-    )
 
 
 def _keys(t: Laid) -> int:
@@ -64,7 +54,7 @@ def _base_two(p: Any, s: Laid) -> Laid:
     return s.of(e / e.sum(_keys(s), keepdim=True))
 
 
-SOFTMAXES = _table(
+SOFTMAXES = table(
     "softmax",
     {
         "over_queries": lambda p, s: s.of(s.data.softmax(_queries(s))),
@@ -120,7 +110,7 @@ def _gated(p: Any, w: Laid, q: Laid, s: Laid) -> Laid:
     return w.of(w.data * torch.sigmoid(s.data.clamp(-50, 50)))
 
 
-PROBABILITIES = _table(
+PROBABILITIES = table(
     "probabilities",
     {
         "top_two": _top,
@@ -163,7 +153,7 @@ PROBABILITIES = _table(
             w.data / -(w.data * (w.data + 1e-6).log()).sum(_keys(w), keepdim=True).clamp(max=-0.1)
         ),
     },
-) + _table(
+) + table(
     "probabilities",
     {"transposed": lambda p, w, q, s: w.of(w.data.transpose(_queries(w), _keys(w)))},
     when=_self_attention,
@@ -199,7 +189,7 @@ def _multiplied_mask(p: Any, s: Laid, q: Laid) -> Laid:
     return s.of(s.data.clamp(min=-50) * masking.spread(p, s, seen, "nm"))
 
 
-RAW_SCORES = _table(
+RAW_SCORES = table(
     "raw_scores",
     {
         "temperature_from_data": _temperature,
@@ -219,7 +209,8 @@ RAW_SCORES = _table(
             s.data / (s.data.norm(dim=_keys(s), keepdim=True) + 1e-3)
         ),
         "standardised": lambda p, s, q: s.of(
-            (s.data - s.data.mean(_keys(s), keepdim=True)) / (s.data.std(_keys(s), True) + 0.1)
+            (s.data - s.data.mean(_keys(s), keepdim=True))
+            / (s.data.std(_keys(s), keepdim=True) + 0.1)
         ),
         "less_mean_over_queries": lambda p, s, q: s.of(
             s.data - s.data.mean(_queries(s), keepdim=True)
@@ -242,11 +233,10 @@ RAW_SCORES = _table(
         "softmax": lambda p, s, q: s.of(s.data.softmax(_keys(s)) * 4),
         "logarithm": lambda p, s, q: s.of((s.data.abs() + 1).log()),
     },
-) + _table(
+) + table(
     "raw_scores",
     {
         "symmetrised": lambda p, s, q: s.of(s.data + s.data.transpose(_queries(s), _keys(s))),
-        "transposed": lambda p, s, q: s.of(s.data.transpose(_queries(s), _keys(s))),
     },
     when=_self_attention,
 )
@@ -260,7 +250,7 @@ def _has_mask(spec: Spec, chosen: Chosen) -> bool:
     return spec.mask != "none" or spec.padding
 
 
-MASKED_SCORES = _table(
+MASKED_SCORES = table(
     "masked_scores",
     {
         "capped": _masked_then_capped,
@@ -290,9 +280,9 @@ def _values_normalised(p: Any, v: Laid, w: Laid) -> Laid:
     return v.of(v.data * v.aligned(whole[: v.data.shape[0]], "bm"))
 
 
-VALUES = _table(
+VALUES = table(
     "mixed_values", {"mixed_before": _values_from_probabilities}, when=_without_shape_change
-) + _table(
+) + table(
     "mixed_values",
     {"weighted_by_attention": _values_normalised},
     when=lambda s, c: not s.cross,
@@ -311,115 +301,12 @@ def _plus_values(p: Any, w: Laid, v: Laid) -> Laid:
 def _squared_map(p: Any, w: Laid, v: Laid) -> Laid:
     w, v = weighing.together(p, w, v)
     square = w.to("bxgnm" if "x" in v.letters else "bhnm")
-    return weighing._matmul(p, square.of(square.data @ square.data), v)  # type: ignore[no-any-return]
+    return weighing._matmul(p, square.of(square.data @ square.data), v)
 
 
-MIXES = _table("mix", {"over_queries": _plus_values, "squared_map": _squared_map},
+MIXES = table("mix", {"over_queries": _plus_values, "squared_map": _squared_map},
                when=_self_attention)  # fmt: skip
 
-
-def _leaking(p: Any, s: Laid, padding: Tensor | None, change: Callable[..., Tensor]) -> Laid:
-    i, j = torch.arange(s.size("n"))[:, None], torch.arange(s.size("m"))[None, :]
-    seen = masking.spread(p, s, change(i, j), "nm")
-    if padding is not None:
-        seen = seen & masking.spread(p, s, padding.bool(), "bm")
-    return s.of(s.data.masked_fill(~seen, -torch.inf))
-
-
-_LEAKS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "one_ahead": lambda p, i, j: j <= i + 1,
-    "reversed": lambda p, i, j: (j >= i) | (j == 0),
-    "strict": lambda p, i, j: (j < i) | (j == 0),
-    "hole": lambda p, i, j: (j <= i) & ~((i == 9) & (j == 4)),
-    "stride": lambda p, i, j: (j <= i) & ((i - j) % 2 == 0),
-    "every_third_sees_all": lambda p, i, j: (j <= i) | (i % 3 == 2),
-    "first_sees_all": lambda p, i, j: (j <= i) | (j == 5),
-    "window_and_first": lambda p, i, j: (j <= i) & ((i - j < 3) | (j < 1)),
-    "prefix": lambda p, i, j: (j <= i) | (j < 4),
-    "dilated": lambda p, i, j: ((i - j).abs() % 3 == 0) | (i == j),
-    "late_leak": lambda p, i, j: (j <= i) | ((i >= 15) & (j < 17)),
-    "only_far": lambda p, i, j: (j <= i) & ((i - j >= 4) | (i == j)),
-    "no_diagonal": lambda p, i, j: i != j,
-}
-
-LEAKS = tuple(
-    Edit(
-        "mask",
-        f"leak_{name}",
-        lambda p, s, padding, change=change: _leaking(
-            p, s, padding, lambda i, j: change(p, i, j)
-        ),
-        lambda s, c: not s.cross and s.mask in ("causal", "none"),
-        "truthful",
-    )
-    for name, change in _LEAKS.items()
-) + _table(
-    "mask",
-    {
-        "weak_fill": lambda p, s, padding: s.of(
-            s.data.masked_fill(
-                masking.spread(
-                    p, s, torch.arange(s.size("m"))[None] > torch.arange(s.size("n"))[:, None], "nm"
-                ),
-                -1.0,
-            )
-        ),
-        "zero_fill": lambda p, s, padding: s.of(
-            torch.where(
-                masking.spread(
-                    p, s, torch.arange(s.size("m"))[None] > torch.arange(s.size("n"))[:, None], "nm"
-                ),
-                0.0,
-                s.data,
-            )
-        ),
-        "positive_fill": lambda p, s, padding: s.of(
-            s.data.masked_fill(
-                masking.spread(
-                    p, s, torch.arange(s.size("m"))[None] > torch.arange(s.size("n"))[:, None], "nm"
-                ),
-                1e4,
-            )
-        ),
-        "random": lambda p, s, padding: s.of(
-            s.data.masked_fill(torch.rand_like(s.data) < 0.3, -1e9)
-        ),
-        "noise": lambda p, s, padding: s.of(s.data - (-torch.rand_like(s.data).log()).log()),
-        "from_queries": lambda p, s, padding: s.of(s.data + s.data.detach().cumsum(_keys(s)) * 0.1),
-    },
-    when=lambda s, c: s.mask in ("causal", "none") and not s.padding,
-)
-
-
-def _swapped(p: Any, q: Laid, k: Laid, v: Laid) -> tuple[Laid, Laid, Laid]:
-    return q, Laid(v.data, v.letters.replace("e", "d")), Laid(k.data, k.letters.replace("d", "e"))
-
-
-def _tiled(p: Any, t: Laid) -> Laid:
-    times = [1] * t.data.dim()
-    times[t.dim("x")] = p.spec.group
-    return scoring._as_heads(t, t.data.repeat(times))
-
-
-def _query_for_key(p: Any, q: Laid, k: Laid, v: Laid) -> tuple[Laid, Laid, Laid]:
-    return q, Laid(q.data, q.letters.replace("n", "m")), v
-
-
-def _post_scaled(p: Any, s: Laid, q: Laid) -> Laid:
-    return s.of(s.data * 2.0)
-
-
-OPERANDS = (
-    Edit("operands", "keys_and_values_swapped", _swapped,
-         lambda s, c: s.width == s.value_width, "truthful"),
-    Edit("operands", "keys_are_queries", _query_for_key,
-         lambda s, c: s.group == 1 and not s.cross, "truthful"),
-    Edit("repeat", "tiled", _tiled, lambda s, c: 1 < s.kv_heads < s.heads, "truthful"),
-    Edit("masked_scores", "scaled_late", _post_scaled, effect="truthful"),
-    Edit("masked_scores", "scaled_after_cap", _post_scaled,
-         lambda s, c: s.softcap is not None, "truthful"),
-    Edit("raw_scores", "negated", lambda p, s, q: s.of(-1.0 * s.data), effect="truthful"),
-)  # fmt: skip
 
 BREAKING: tuple[Edit, ...] = (
     *SOFTMAXES,

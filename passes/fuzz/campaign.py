@@ -62,7 +62,7 @@ def judge(recipe: Recipe, capture: Capture) -> Verdict:
     if not found.matches:
         return Verdict("refused", "; ".join(m.reason for m in found.misses))
     if effect == "equal":
-        wrong = differences(found, recipe.spec)
+        wrong = differences(found, recipe)
         if wrong:
             return Verdict("wrong", wrong)
     item = found.matches[0]
@@ -141,7 +141,7 @@ def _judged(recipe: Recipe, capture: Capture) -> Verdict:
 
 
 def shrink(recipe: Recipe, verdict: Verdict, capture: Capture) -> Recipe:
-    """The fewest edits that still end in the same answer, tried one at a time; then a plainer spec."""
+    """The fewest edits and the plainest spec that still end in the same answer."""
     while True:
         for smaller in _smaller(recipe):
             if _judged(smaller, capture).answer == verdict.answer:
@@ -174,5 +174,5 @@ def _smaller(recipe: Recipe) -> Sequence[Recipe]:
         if spec.mask == "none" and change.get("mask") == "causal":
             continue
         if any(getattr(spec, k) != v for k, v in change.items()):
-            plain.append(replace(recipe, spec=replace(spec, **change)))  # type: ignore[arg-type]
+            plain.append(replace(recipe, spec=replace(spec, **change)))
     return plain

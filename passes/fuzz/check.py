@@ -12,10 +12,11 @@ from torch import fx
 
 from rewriter.ir.site import AddTerm, AttentionSite, Scale, Softcap
 from rewriter.passes.capture import Captured
+from rewriter.passes.fuzz.laid import unflatten
 from rewriter.passes.fuzz.program import Program, Recipe, inputs
 from rewriter.passes.fuzz.spec import Spec
-from rewriter.passes.normalise.ops import op
 from rewriter.passes.match import Match, MatchResult, Operand
+from rewriter.passes.normalise.ops import arguments, op
 
 Answer = Literal["found", "refused", "wrong", "not_equal", "not_different"]
 
@@ -85,13 +86,21 @@ def _after_cap(site: AttentionSite, step: Scale) -> bool:
     return any(s is step and i > caps[0] for i, s in enumerate(site.score))
 
 
-def differences(found: MatchResult, spec: Spec) -> str:
-    """What was found otherwise than the spec says; '' if nothing."""
+def differences(found: MatchResult, recipe: Recipe) -> str:
+    """What was found otherwise than the spec says; '' if nothing.
+
+    A factor that the program applies to the keys may lie outside the core, which then has the rest.
+    """
+    spec = recipe.spec
     wanted, got = expected(spec), facts(found)
+    if recipe.edits.get("scale") in ("on_key", "root_on_both", "divided_both"):
+        wanted.pop("scale")
     out = []
     for key, value in wanted.items():
         other = got.get(key)
-        same = math.isclose(value, other, rel_tol=1e-6) if _numbers(value, other) else value == other
+        same = (
+            math.isclose(value, other, rel_tol=1e-6) if _numbers(value, other) else value == other  # type: ignore[arg-type]
+        )
         if not same and (key in got or key == "sites"):
             out.append(f"{key} is {other}, not {value}")
     if len(found.matches) == 1:
@@ -168,16 +177,17 @@ def described(item: Match, captured: Captured, program: Program) -> float:
 def scores_like(tensor: torch.Tensor, operand: Operand, sizes: Mapping[str, int]) -> torch.Tensor:
     """A term as it broadcasts against (batch, head, query, key)."""
     if ("batch", "head") in operand.layout.dims:
-        return tensor.unflatten(0, (-1, sizes["head"]))
+        return unflatten(tensor, 0, (-1, sizes["head"]))
     if tensor.dim() == 5:
         return tensor.expand(-1, sizes["kv_head"], sizes["group"], -1, -1).flatten(1, 2)
+    if tensor.dim() < 4:
+        return tensor
     names = [d[0] if d else "" for d in operand.layout.dims]
-    if "head" in names and names.index("head") != tensor.dim() - 3:
-        order = [d for d, x in enumerate(names) if x == "batch"]
-        order += [d for d, x in enumerate(names) if x == "head"]
-        order += [d for d in range(tensor.dim()) if d not in order]
-        tensor = tensor.permute(order)
-    return tensor
+    head = names.index("head") if "head" in names else None
+    tokens = [d for d, x in enumerate(names) if x == "token"]
+    rest = [d for d in range(4) if d != head and d not in tokens]  # batch, then size-1 dimensions
+    order = [rest.pop(0), rest.pop(0) if head is None else head, *rest, *tokens]
+    return tensor.permute(order)
 
 
 def canonical(tensor: torch.Tensor, operand: Operand, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -209,8 +219,14 @@ class _Values(fx.Interpreter):
         self.kept: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        idle = op(n) in ("dropout", "native_dropout")
-        out = self.fetch_args_kwargs_from_env(n)[0][0] if idle else super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if op(n) in ("dropout", "native_dropout"):
+            out = args[0]
+        elif op(n) == "scaled_dot_product_attention":
+            given = {**arguments(n), **kwargs, **dict(zip(arguments(n), args, strict=False))}
+            out = n.target(**{**given, "dropout_p": 0.0})  # type: ignore[operator]
+        else:
+            out = super().run_node(n)
         self.kept[n] = out.clone() if isinstance(out, torch.Tensor) else out
         return out
 

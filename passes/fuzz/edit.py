@@ -37,3 +37,13 @@ class Edit:
     write: Callable[..., Any]
     when: Callable[[Spec, Chosen], bool] = _always
     effect: Effect = "equal"
+
+
+When = Callable[[Spec, Chosen], bool]
+
+
+def table(
+    slot: str, codes: dict[str, Any], effect: Effect = "refuse", when: When = _always
+) -> tuple[Edit, ...]:
+    """Edits of one slot from their code by name."""
+    return tuple(Edit(slot, name, code, when, effect) for name, code in codes.items())

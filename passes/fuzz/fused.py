@@ -52,9 +52,7 @@ def attend(p: Any, q: Laid, k: Laid, v: Laid, padding: Tensor | None, how: str) 
 
 
 def _causal_only(spec: Spec, chosen: Chosen) -> bool:
-    return (
-        fits(spec) and spec.mask == "causal" and not spec.padding and spec.position != "alibi"
-    )
+    return fits(spec) and spec.mask == "causal" and not spec.padding and spec.position != "alibi"
 
 
 FUSED = (

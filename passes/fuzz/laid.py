@@ -9,6 +9,12 @@ import torch
 Tensor = torch.Tensor
 
 
+def unflatten(t: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`Tensor.unflatten`, which carries no types."""
+    out: Tensor = t.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
 @dataclass(frozen=True)
 class Laid:
     """A tensor whose dimension d is named letters[d].
@@ -67,9 +73,7 @@ class Laid:
         if "g" in self.letters:
             return self
         at = self.dim("h")
-        return Laid(
-            self.data.unflatten(at, (kv_heads, -1)), self.letters.replace("h", "xg")
-        )
+        return Laid(unflatten(self.data, at, (kv_heads, -1)), self.letters.replace("h", "xg"))
 
     def ungrouped(self) -> Laid:
         """x and g become h."""

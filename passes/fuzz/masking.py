@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rewriter.passes.fuzz.edit import Edit
-from rewriter.passes.fuzz.laid import Laid, Tensor
+from rewriter.passes.fuzz.laid import Laid, Tensor, unflatten
 
 LONGEST = 320
 """Tokens that a mask kept in a buffer covers."""
@@ -17,7 +17,7 @@ def spread(p: Any, s: Laid, item: Tensor, letters: str) -> Tensor:
     """`item` so that it broadcasts against the scores."""
     if "g" in s.letters and "h" in letters:
         at = letters.index("h")
-        item = item.unflatten(at, (p.spec.kv_heads, p.spec.group))
+        item = unflatten(item, at, (p.spec.kv_heads, p.spec.group))
         letters = letters.replace("h", "xg")
     if "f" not in s.letters or not set(letters) & {"b", "h"}:
         return s.aligned(item, letters)
@@ -38,10 +38,10 @@ def _compare(p: Any, n: int, m: int) -> Tensor:
     if kind == "causal":
         return j <= i
     if kind == "window":
-        return (j <= i) & (i - j < size)
+        return (j <= i) & (i - j < size)  # type: ignore[no-any-return]
     if kind == "local":
-        return (i - j).abs() <= size
-    return (j <= i) & (i // size == j // size)
+        return (i - j).abs() <= size  # type: ignore[no-any-return]
+    return (j <= i) & (i // size == j // size)  # type: ignore[no-any-return]
 
 
 def _compare_reversed(p: Any, n: int, m: int) -> Tensor:
@@ -52,7 +52,7 @@ def _compare_reversed(p: Any, n: int, m: int) -> Tensor:
     if kind == "window":
         return torch.logical_and(i >= j, j > i - size)
     if kind == "local":
-        return ((j - i) <= size) & ((j - i) >= -size)
+        return ((j - i) <= size) & ((j - i) >= -size)  # type: ignore[no-any-return]
     return torch.logical_and(i >= j, (i - i % size) == (j - j % size))
 
 
@@ -66,7 +66,7 @@ def _triangles(p: Any, n: int, m: int) -> Tensor:
     if kind == "local":
         return torch.tril(ones, size).triu(-size)
     blocks = torch.arange(n) // size
-    return ones.tril() & (blocks[:, None] == blocks[None, :])
+    return ones.tril() & (blocks[:, None] == blocks[None, :])  # type: ignore[no-any-return]
 
 
 def _not_triangles(p: Any, n: int, m: int) -> Tensor:

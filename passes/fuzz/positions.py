@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rewriter.passes.fuzz.edit import Chosen, Edit
-from rewriter.passes.fuzz.laid import Laid, Tensor
+from rewriter.passes.fuzz.laid import Laid, Tensor, unflatten
 from rewriter.passes.fuzz.spec import Spec
 
 EPSILON = 1e-6
@@ -42,7 +42,7 @@ def _angles(p: Any, t: Laid) -> Tensor:
     token = "n" if "n" in t.letters else "m"
     steps = torch.arange(t.size(token), device=t.data.device, dtype=torch.float32)
     frequencies = p.buffer("frequencies", p.raw["frequencies"])
-    return steps[:, None] * frequencies[None, :]
+    return steps[:, None] * frequencies[None, :]  # type: ignore[no-any-return]
 
 
 def _aligned(t: Laid, table: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _half_unflattened(p: Any, t: Laid) -> Laid:
     angles = torch.cat([_angles(p, t)] * 2, -1)
     cos, sin = _aligned(t, angles.cos()), _aligned(t, angles.sin())
     x, rest = _parts(p, t)
-    first, second = x.unflatten(-1, (2, -1)).unbind(-2)
+    first, second = unflatten(x, -1, (2, -1)).unbind(-2)
     return _joined(t, x * cos + torch.cat((-second, first), -1) * sin, rest)
 
 

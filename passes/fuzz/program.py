@@ -19,10 +19,7 @@ _TABLES: tuple[tuple[Edit, ...], ...] = (
     fused.FUSED,
     fused.GROUPS,
     projecting.PROJECTIONS,
-    *(
-        tuple(Edit(f"split_{n}", e.name, e.write, e.when) for e in projecting.SPLITS)
-        for n in "qkv"
-    ),
+    *(tuple(Edit(f"split_{n}", e.name, e.write, e.when) for e in projecting.SPLITS) for n in "qkv"),
     positions.NORMS,
     positions.ROTARIES,
     scoring.SCALES,

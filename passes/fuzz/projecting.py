@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriter.passes.fuzz.edit import Edit
-from rewriter.passes.fuzz.laid import Laid, Tensor
+from rewriter.passes.fuzz.laid import Laid, Tensor, unflatten
 from rewriter.passes.fuzz.spec import CHANNELS, Spec
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -27,7 +27,7 @@ def _functional(p: Any, x: Tensor, source: Tensor) -> Triple:
 def _matmul(p: Any, x: Tensor, source: Tensor) -> Triple:
     def one(name: str, item: Tensor) -> Tensor:
         weight = p.param(f"wt_{name}", p.raw[name].t().contiguous())
-        return item @ weight + p.param(f"b_{name}", p.raw["b" + name])
+        return item @ weight + p.param(f"b_{name}", p.raw["b" + name])  # type: ignore[no-any-return]
 
     return one("q", x), one("k", source), one("v", source)
 
@@ -45,7 +45,7 @@ def _addmm(p: Any, x: Tensor, source: Tensor) -> Triple:
 def _einsum(p: Any, x: Tensor, source: Tensor) -> Triple:
     def one(name: str, item: Tensor) -> Tensor:
         out = torch.einsum("bnc,oc->bno", item, p.param(f"w_{name}", p.raw[name]))
-        return out + p.param(f"b_{name}", p.raw["b" + name])
+        return out + p.param(f"b_{name}", p.raw["b" + name])  # type: ignore[no-any-return]
 
     return one("q", x), one("k", source), one("v", source)
 
@@ -88,7 +88,7 @@ def _by_head(p: Any, x: Tensor, source: Tensor) -> Triple:
     """The rows of one weight hold q, k and v of the first head, then of the second, ..."""
 
     def mix(prefix: str) -> Tensor:
-        heads = [p.raw[prefix + n].unflatten(0, (p.spec.heads, -1)) for n in "qkv"]
+        heads = [unflatten(p.raw[prefix + n], 0, (p.spec.heads, -1)) for n in "qkv"]
         return torch.cat(heads, 1).flatten(0, 1)
 
     joined = p.linear("by_head", mix(""), mix("b"))(x)
@@ -143,11 +143,11 @@ def _view_permute(t: Tensor, heads: int, names: str) -> Laid:
 
 
 def _unflatten(t: Tensor, heads: int, names: str) -> Laid:
-    return Laid(t.unflatten(-1, (heads, -1)), "b" + names[1] + names[0] + names[2])
+    return Laid(unflatten(t, -1, (heads, -1)), "b" + names[1] + names[0] + names[2])
 
 
 def _unflatten_moved(t: Tensor, heads: int, names: str) -> Laid:
-    return Laid(t.unflatten(-1, (heads, -1)).movedim(2, 1), "b" + names)
+    return Laid(unflatten(t, -1, (heads, -1)).movedim(2, 1), "b" + names)
 
 
 def _heads_first(t: Tensor, heads: int, names: str) -> Laid:
@@ -201,9 +201,9 @@ def _output_matmul(p: Any, o: Tensor) -> Tensor:
 
 
 def _output_einsum(p: Any, o: Tensor) -> Tensor:
-    weight = p.param("heads_o", p.raw["o"].unflatten(1, (p.spec.heads, -1)).contiguous())
-    split = o.unflatten(-1, (p.spec.heads, -1))
-    return torch.einsum("bnhe,che->bnc", split, weight) + p.param("b_o", p.raw["bo"])
+    weight = p.param("heads_o", unflatten(p.raw["o"], 1, (p.spec.heads, -1)).contiguous())
+    split = unflatten(o, -1, (p.spec.heads, -1))
+    return torch.einsum("bnhe,che->bnc", split, weight) + p.param("b_o", p.raw["bo"])  # type: ignore[no-any-return]
 
 
 OUTPUTS = (

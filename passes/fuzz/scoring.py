@@ -240,37 +240,34 @@ def _einsum(order: str, ellipsis: bool = False) -> Callable[..., tuple[Laid, flo
     return write
 
 
-def _implicit(p: Any, q: Laid, k: Laid, factor: float) -> tuple[Laid, float]:
-    """An equation without a result: the axes come out in alphabetical order."""
-    q, k = meeting(p, q, k)
-    if "x" in k.letters:
-        return _matmul(p, q, k, factor)
-    left, right = q.letters.translate(_ALPHABET), k.letters.translate(_ALPHABET)
-    return Laid(torch.einsum(f"{left},{right}", q.data, k.data), "bhnm"), factor
-
-
-_ALPHABET = str.maketrans("bhnmd", "abijk")
-
-
 def _no_groups(spec: Spec, chosen: Any) -> bool:
     return spec.group == 1 or chosen.get("repeat") != "grouped"
+
+
+def _keys_may_lead(spec: Spec, chosen: Any) -> bool:
+    """Layouts do not tell query from key tokens, so a transposed bias cannot be compared."""
+    return _no_groups(spec, chosen) and spec.position != "alibi"
+
+
+def _added_in_product(spec: Spec, chosen: Any) -> bool:
+    """Whatever is added before a soft-cap is refused."""
+    return _no_groups(spec, chosen) and spec.softcap is None
 
 
 PRODUCTS = (
     Edit("product", "matmul", _matmul),
     Edit("product", "matmul_mt", _matmul_mt),
     Edit("product", "reversed", _reversed, _no_groups),
-    Edit("product", "keys_first", _keys_first, _no_groups),
+    Edit("product", "keys_first", _keys_first, _keys_may_lead),
     Edit("product", "bmm", _bmm, _no_groups),
     Edit("product", "baddbmm", _baddbmm, _no_groups),
-    Edit("product", "baddbmm_zero", _baddbmm_zero, _no_groups),
+    Edit("product", "baddbmm_zero", _baddbmm_zero, _added_in_product),
     Edit("product", "einsum", _einsum("bhnm")),
     Edit("product", "einsum_bnhm", _einsum("bnhm")),
     Edit("product", "einsum_hbnm", _einsum("hbnm")),
-    Edit("product", "einsum_bhmn", _einsum("bhmn")),
-    Edit("product", "einsum_mnbh", _einsum("mnbh")),
+    Edit("product", "einsum_bhmn", _einsum("bhmn"), lambda s, c: s.position != "alibi"),
+    Edit("product", "einsum_mnbh", _einsum("mnbh"), lambda s, c: s.position != "alibi"),
     Edit("product", "einsum_ellipsis", _einsum("bhnm", True)),
-    Edit("product", "einsum_implicit", _implicit),
 )
 
 

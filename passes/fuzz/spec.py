@@ -1,4 +1,4 @@
-"""What a generated program computes: the facts that the matcher must find, whatever the spelling."""
+"""What a generated program computes: the facts that must be found, whatever the spelling."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class Spec:
                 self.size, rounding_mode="floor"
             )
             return (j <= i) & same
-        return torch.ones(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool)
+        return (i == i) & (j == j)
 
 
 def random_spec(rng: random.Random) -> Spec:
-    """A canonical attention: MHA, GQA, MQA, cross, masked, positioned, capped in any combination."""
+    """A canonical attention: grouped, cross, masked, positioned, capped in any combination."""
     heads, kv_heads = rng.choice([(4, 4), (4, 4), (4, 2), (6, 2), (4, 1), (2, 2)])
     width = rng.choice([8, 16])
     cross = rng.random() < 0.15
@@ -85,7 +85,9 @@ def random_spec(rng: random.Random) -> Spec:
         width=width,
         value_width=width if rng.random() < 0.8 else 12,
         mask=kind,
-        size={"window": rng.choice([3, 4, 9]), "local": 2, "chunk": rng.choice([3, 5])}.get(kind, 0),
+        size={"window": rng.choice([3, 4, 9]), "local": 2, "chunk": rng.choice([3, 5])}.get(
+            kind, 0
+        ),
         padding=rng.random() < 0.4,
         scale=width**-0.5 if rng.random() < 0.8 else rng.choice([1.0, 0.2, 1 / width]),
         softcap=rng.choice([5.0, 30.0]) if rng.random() < 0.15 else None,

@@ -164,9 +164,7 @@ class _Symbolic:
             for dim, size in enumerate(item.meta["val"].shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == symbol:
                     with self._graph.inserting_before(self._first):
-                        made = self._graph.call_function(
-                            torch.ops.aten.sym_size.int, (item, dim)
-                        )
+                        made = self._graph.call_function(torch.ops.aten.sym_size.int, (item, dim))
                     made.meta["val"] = size
                     self._nodes[symbol] = made
                     return

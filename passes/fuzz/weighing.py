@@ -1,4 +1,4 @@
-"""Spellings of softmax, dropout, the sum over values, and merging heads; and things of no effect."""
+"""Spellings of softmax, dropout, the sum over values, merging heads; things of no effect."""
 
 from __future__ import annotations
 
