@@ -20,9 +20,11 @@ from zoo.family import (
 )
 
 _LOCAL = "causal & window(8) & key_padding"
+_CHUNKS = "opaque (padding does more than hide padded keys)"
+"""Chunks are counted from each row's first real token, which no conjunction of atoms says."""
 _TWO = {"num_hidden_layers": 2}
 _ROUTER = "the softmax follows a projection"
-_PICKED = "the softmax follows a projection"
+_PICKED = "the largest of some scores: a gate"
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
 
 
@@ -177,7 +179,7 @@ DECODERS: tuple[Family, ...] = (
         (
             Attention(
                 "model.layers.0.self_attn",
-                "causal & chunk(8) & key_padding",
+                _CHUNKS,
                 (4, 2),
                 rotary_dim=16,
                 position="rotary",

@@ -149,7 +149,7 @@ ENCODERS: tuple[Family, ...] = (
         lambda: _long(64),
         (),
         EAGER,
-        (*2 * (_PIECE,), "the scores", *2 * (_PIECE,)),
+        (*2 * (_PIECE,), "joined side by side", *2 * (_PIECE,)),
     ),
     _encoder(
         "bigbird-full",

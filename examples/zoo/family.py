@@ -64,6 +64,7 @@ class Family:
             be given for it, in order: routers, pooling, sparse attention in blocks.
         training: the model can be captured in training mode.
         untraceable: part of the reason why the family cannot be captured at all, or "".
+        silent: attention that calls no softmax: written with exponentials.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Family:
     refused: tuple[str, ...] = ()
     training: bool = True
     untraceable: str = ""
+    silent: int = 0
 
 
 def of(model: str, config: str, **options: Any) -> Builder:
@@ -82,7 +84,10 @@ def of(model: str, config: str, **options: Any) -> Builder:
     def build(implementation: str) -> nn.Module:
         make = getattr(transformers, config)
         values = {k: v() if callable(v) else v for k, v in options.items()}
-        return getattr(transformers, model)(make(**values, attn_implementation=implementation))
+        chosen: Any = implementation
+        if "backbone_config" in values:  # a convolutional backbone has no attention to choose
+            chosen = {"": implementation, "backbone_config": "eager"}
+        return getattr(transformers, model)(make(**values, attn_implementation=chosen))
 
     return build
 

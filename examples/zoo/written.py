@@ -221,6 +221,7 @@ WRITTEN: tuple[Family, ...] = (
         hidden(),
         layers("layers.{}", 0, 1, mask="full", fused=True),
         EAGER,
+        silent=2,
     ),
     Family(
         "spanning-modules",
@@ -277,5 +278,12 @@ WRITTEN: tuple[Family, ...] = (
         (Attention("attention.inner", "full", cross=True),),
         SDPA,
     ),
-    Family("flex", lambda _: Flex(), hidden(), (Attention("", "causal", fused=True),), ("flex",)),
+    Family(
+        "flex",
+        lambda _: Flex(),
+        hidden(),
+        (Attention("", "causal", fused=True),),
+        ("flex",),
+        untraceable="does not support backward on CPU",
+    ),
 )

@@ -88,7 +88,10 @@ def is_content(term: fx.Node, view: View, needs_gather: bool = False) -> bool:
         if view.linear(node) is not None or op(node) in _ENDS:
             activations = activations or depends_on_input(node, view)
             continue
-        if _large_constant(node):
+        number = view.constants.scalar(node)
+        if number is not None and abs(number) < _BOUND:
+            continue
+        if number is not None or _large_constant(node):
             return False
         if op(node) in _PICKS:
             picked = True

@@ -57,9 +57,7 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
         UsageError: the plan names a module the model does not have.
         VerificationError: an owner is not called exactly once per forward.
     """
-    from rewriter.passes.exact.rest import rest  # needs realisation itself
-
-    return rest(realise(model, targets_of(plan), examples), plan)
+    return realise(model, targets_of(plan), examples)
 
 
 Caches = dict[tuple[str, str, type[nn.Module]], EmissionCache]

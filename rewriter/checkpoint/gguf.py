@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedConfig
 
 from rewriter.checkpoint.architecture import causal_lm_class
 from rewriter.checkpoint.gguf_header import scan
-from rewriter.checkpoint.gguf_speed import quick_reading
 from rewriter.checkpoint.quiet import quiet, reason
 from rewriter.errors import InputError
 
@@ -41,13 +40,9 @@ def check(path: Path) -> None:
     scan(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
 
 
-Opened = dict[Path, Any]
-"""Readers of files that are open; one dict for all calls about one checkpoint."""
-
-
-def read_config(path: Path, opened: Opened | None = None) -> PreTrainedConfig:
+def read_config(path: Path) -> PreTrainedConfig:
     """The config in the file's metadata. Raises InputError if its architecture is not supported."""
-    return _guarded(path, "config", AutoConfig, opened)
+    return _guarded(path, "config", AutoConfig)
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -55,9 +50,7 @@ def read_tokenizer(path: Path) -> Any:
     return _guarded(path, "tokenizer", AutoTokenizer)
 
 
-def read_model(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype | None, opened: Opened | None = None
-) -> tuple[Any, Any]:
+def read_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """The de-quantised model and transformers' record of what was loaded.
 
     Raises:
@@ -70,7 +63,7 @@ def read_model(
             "other is read from GGUF; start from its Hugging Face checkpoint"
         )
     try:
-        with quiet(), quick_reading({} if opened is None else opened):
+        with quiet():
             model, info = cls.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -89,9 +82,9 @@ def read_model(
     return model, info
 
 
-def _guarded(path: Path, what: str, auto: Any, opened: Opened | None = None) -> Any:
+def _guarded(path: Path, what: str, auto: Any) -> Any:
     try:
-        with quiet(), quick_reading({} if opened is None else opened):
+        with quiet():
             return auto.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
             )

@@ -51,7 +51,6 @@ class Source:
         self.drop_extra = drop_extra
         self._config_path = config_path
         self._weights = found
-        self._opened: gguf.Opened = {}
 
     @property
     def name(self) -> str:
@@ -67,7 +66,7 @@ class Source:
     def config(self) -> PreTrainedConfig:
         """Raises InputError if it is damaged or of an unknown architecture."""
         if self.kind == "gguf":
-            return gguf.read_config(self.path, self._opened)
+            return gguf.read_config(self.path)
         assert self._config_path is not None
         if self.kind == "rewritten":
             from rewriter.checkpoint.load import base_config  # reading knows nothing of rewriting
@@ -110,8 +109,7 @@ class Source:
             assert isinstance(model, PreTrainedModel)
             return model
         if self.kind == "gguf":
-            model, info = gguf.read_model(self.path, self.config, self.dtype, self._opened)
-            self._opened.clear()
+            model, info = gguf.read_model(self.path, self.config, self.dtype)
         else:
             model, info = self._load_weights()
         _check_complete(self.path, model, info, self.drop_extra)

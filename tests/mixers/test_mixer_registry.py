@@ -10,23 +10,7 @@ from rewriter.errors import UsageError
 from rewriter.mixers import registry
 from rewriter.mixers.exact.keep import Keep
 
-OWN = {
-    "keep",
-    "sink_window",
-    "hedgehog",
-    "hedgehog_window",
-    "gla",
-    "retnet",
-    "gated_deltanet",
-    "rwkv7",
-    "mamba2",
-    "hydra",
-    "sigmoid_attention",
-    "duo",
-    "moba",
-    "linear_shortcut",
-    "drop",
-}
+OWN = {"keep", "sink_window", "hedgehog", "hedgehog_window"}
 
 
 def point(name: str, value: str) -> EntryPoint:

@@ -1,1 +1,0 @@
-"""Rewrites that change no function: the same layers on faster code."""
