@@ -39,17 +39,32 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Winner:
     """Which code serves F.linear(x, weight, bias): CPU tensors of one dtype that kernels know."""
-    rows = math.prod(x.shape[:-1])
-    row_range = next((top for top in ROWS if rows <= top), 2 * ROWS[-1])
-    transposed = weight.stride(1) != 1
-    threads = torch.get_num_threads()
-    where = (os.environ.get(ONLY), os.environ.get(CACHE))
+    return "generated" if is_better(seconds(weight, math.prod(x.shape[:-1]))) else "stock"
+
+
+def is_better(measured: tuple[float, float]) -> bool:
+    ours, theirs = measured
+    return ours < _MARGIN * theirs
+
+
+def seconds(weight: Tensor, rows: int) -> tuple[float, float]:
+    """Measured seconds of generated and of stock code for `rows` rows of input.
+
+    Args:
+        weight: (N, K), as torch's linear takes it.
+
+    Returns:
+        Of a slice of the work; inf for generated code that cannot run or gives other values.
+    """
+    top = next((top for top in ROWS if rows <= top), 2 * ROWS[-1])
     N, K = weight.shape
-    return _linear(x.dtype, N, K, row_range, transposed, threads, where)
+    where = (os.environ.get(ONLY), os.environ.get(CACHE))
+    threads = torch.get_num_threads()
+    return _seconds(weight.dtype, N, K, top, weight.stride(1) != 1, threads, where)
 
 
 @lru_cache(maxsize=4096)
-def _linear(
+def _seconds(
     dtype: torch.dtype,
     N: int,
     K: int,
@@ -57,23 +72,23 @@ def _linear(
     transposed: bool,
     threads: int,
     where: tuple[str | None, str | None],
-) -> Winner:
+) -> tuple[float, float]:
     only = where[0]
     if only is not None and "cpu" not in {name.strip() for name in only.split(",")}:
-        return "stock"
+        return math.inf, 0.0
     if min(N, K) == 0 or isinstance(generated.find(dtype), str):
-        return "stock"
+        return math.inf, 0.0
     name = f"{dtype} {N} x {K} rows {rows} transposed {transposed} threads {threads}"
     file = cache_directory("measured") / f"{_machine()}.json"
-    known = _read(file)
-    if name not in known:
-        known = {**_read(file), name: _measure(dtype, N, K, rows, transposed)}
+    if name not in (known := _read(file)):
+        measured = _measure(dtype, N, K, rows, transposed)
+        known = {**_read(file), name: measured}
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # then it is measured again in the next process
             temporary.write_text(json.dumps(known, indent=1))
             temporary.replace(file)
     ours, theirs = known[name]
-    return "generated" if ours < _MARGIN * theirs else "stock"
+    return ours, theirs
 
 
 def _measure(
@@ -90,7 +105,7 @@ def _measure(
         ours, theirs = generated.forward(x, weight, None), F.linear(x, weight)
         scale = float(theirs.abs().max())
         if float((ours.float() - theirs.float()).abs().max()) > _TOLERANCE[dtype] * scale:
-            return float("inf"), 0.0
+            return math.inf, 0.0
         times = interleaved(
             {
                 "generated": lambda: generated.forward(x, weight, None),

@@ -117,6 +117,12 @@ def _resolve(
     return choose(Query(spec, device, dtype, needs_grad), backends, broken)
 
 
+def allowed(name: str) -> bool:
+    """Whether the environment leaves a backend switched on."""
+    only = os.environ.get(VARIABLE)
+    return only is None or name in {word.strip() for word in only.split(",")}
+
+
 def choose(
     query: Query, backends: Sequence[Backend], declined: tuple[tuple[str, str], ...] = ()
 ) -> Kernel:

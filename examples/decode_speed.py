@@ -25,6 +25,7 @@ import rewriter
 from rewriter.bench.machine import this_machine
 from rewriter.checkpoint import open_checkpoint
 from rewriter.passes.realise.cache_probe import new_cache
+from rewriter.passes.step import decoding_of
 
 POLICIES: dict[str, Any] = {
     "exact": "exact",
@@ -115,6 +116,9 @@ def main() -> None:
     console = Console()
     console.print(f"{this_machine().describe()}, {options.dtype}")
     console.print(table)
+    for name, model in models.items():
+        if name != "original (SDPA)":
+            console.print(f"{name} decodes {decoding_of(model)}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,29 @@ around these that can be captured alone are matched with the inputs they were ca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite, NearMiss, Source
 from rewriter.passes.capture import Captured, capture
+from rewriter.passes.exact import linears
 from rewriter.passes.examples import Examples
 from rewriter.passes.locate import find_softmax_modules
-from rewriter.passes.match import match
+from rewriter.passes.match import Match, match
 from rewriter.passes.match.mlp import match_mlps
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.repeats import repeated
+from rewriter.plan import LinearLayer
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The graph of a whole model, and the attention matched in it."""
+
+    captured: Captured
+    matches: tuple[Match, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Inspection:
         mlp_misses: what looked like an MLP block, and why it is none.
         parts: modules that were captured alone, since the model as a whole does not trace;
             with `whole` the reason of that. Masks that come from outside a part are opaque.
+        graph: of a model that traces as a whole.
+        linears: linear layers of a model that traces as a whole, where they were asked for.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -42,14 +54,21 @@ class Inspection:
     whole: NearMiss | None = None
     mlps: tuple[MlpSite, ...] = ()
     mlp_misses: tuple[NearMiss, ...] = ()
+    linears: tuple[LinearLayer, ...] = ()
+    graph: Graph | None = field(default=None, repr=False, compare=False)
 
 
-def find(model: nn.Module, examples: Examples) -> Inspection:
-    """Every attention block of the model that is understood, and a miss for every other one."""
+def find(model: nn.Module, examples: Examples, layers: bool = False) -> Inspection:
+    """Every attention block of the model that is understood, and a miss for every other one.
+
+    Args:
+        layers: time and prove linear layers too (`passes.exact.linears`).
+    """
     primary, resized = examples.primary, examples.resized
     captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
     if not isinstance(captured, NearMiss):
-        return _matched(captured)
+        found = _matched(captured)
+        return replace(found, linears=tuple(linears.find(captured, model))) if layers else found
     try:
         inner = find_softmax_modules(model, primary.args, primary.kwargs)
     except Exception:  # it does not even run; the reason of the capture says where
@@ -66,6 +85,7 @@ def _matched(captured: Captured) -> Inspection:
         found.misses,
         mlps=tuple(m.site for m in mlps.matches),
         mlp_misses=mlps.misses,
+        graph=Graph(captured, found.matches),
     )
 
 
@@ -163,6 +183,7 @@ def _moved(part: Inspection, old: str, new: str) -> Inspection:
         misses=tuple(_inside(m, new, old) for m in part.misses),
         mlps=tuple(mlp.renamed(path) for mlp in part.mlps),
         mlp_misses=tuple(_inside(m, new, old) for m in part.mlp_misses),
+        graph=None,
     )
 
 

@@ -11,10 +11,12 @@ from typing import Any, cast
 import sympy
 import torch
 from torch import fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from rewriter.errors import UsageError
 
@@ -207,3 +209,32 @@ def lookup_backend(name: str) -> Callable[..., Any]:
             f"there is no compiler '{name}' for torch.compile; torch.compiler.list_backends() "
             "names those that are installed"
         ) from None
+
+
+def trace_static(
+    function: Callable[..., Any], arguments: tuple[torch.Tensor, ...], mode: FakeTensorMode
+) -> fx.GraphModule:
+    """The undecomposed graph of a function on fake tensors of fixed sizes."""
+    leaves = [mode.from_tensor(t, static_shapes=True) for t in arguments]
+    tracer = make_fx(function, tracing_mode="fake", pre_dispatch=True)
+    return tracer(*leaves)
+
+
+class Symbols:
+    """Symbolic integers of one shape environment."""
+
+    def __init__(self) -> None:
+        self._shapes = ShapeEnv()
+        self._known: dict[sympy.Expr, torch.SymInt] = {}
+
+    def new(self, name: str, hint: int) -> sympy.Symbol:
+        source = ConstantSource(name)
+        symbol = self._shapes.create_symbol(hint, source, DimDynamic.DYNAMIC)
+        return cast(sympy.Symbol, symbol)
+
+    def number(self, expression: sympy.Expr, hint: int) -> torch.SymInt:
+        """The integer that an expression over `new` symbols stands for."""
+        if expression not in self._known:
+            made = self._shapes.create_symintnode(expression, hint=hint)
+            self._known[expression] = cast(torch.SymInt, made)
+        return self._known[expression]

@@ -14,9 +14,11 @@ from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.ir.site import NearMiss
+from rewriter.passes.exact import linears, padding
 from rewriter.passes.examples import examples_for
 from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
+from rewriter.passes.step import attach
 from rewriter.passes.verify import Level, SiteProof, prove_sites
 from rewriter.passes.verify import verify as run_contracts
 from rewriter.plan import Plan
@@ -63,11 +65,12 @@ def rewrite(
         raise UsageError("the model is rewritten already; rewrite the original model instead")
     clock = _Clock()
     examples = examples_for(model, example_inputs)
+    wanted = policy if isinstance(policy, Plan) else Policy.load(policy)
     with evaluation_mode(model):
-        found = find(model, examples)
+        found = find(model, examples, isinstance(wanted, Policy) and wanted.linears)
         clock.lap("find")
         _mind_misses(found.misses, on_miss)
-        plan = _plan(policy, found)
+        plan = _plan(wanted, found)
         caches: Caches = {}
         identity, proofs = prove_sites(model, found.sites, examples, caches)
         plan = _refuse_unproved(plan, proofs)
@@ -76,22 +79,22 @@ def rewrite(
         if not targets:
             raise NoSiteError(_nothing_left(plan))
         result = realise(share_parameters(model), targets, examples, caches)
+        if isinstance(wanted, Policy) and wanted.packed:
+            plan = plan.model_copy(update={"packed": padding.plan(model, result, examples)})
+        linears.apply(result, plan.linears)
+        padding.apply(result, plan.packed)
         clock.lap("realise")
         contracts = run_contracts(
-            model, identity, result, targets, proofs, examples, verify, length, force, caches
+            *(model, identity, result, targets, proofs, examples, verify, length, force, caches),
+            plan,
         )
         for cache in caches.values():
             cache.forget_captures()
         clock.lap("verify")
     _restore_modes(model, result)
-    plan = plan.model_copy(
-        update={
-            "decisions": [
-                d if d.status == "refused" else d.model_copy(update={"status": "done"})
-                for d in plan.decisions
-            ]
-        }
-    )
+    if found.graph is not None:
+        attach(result, found.graph.captured, found.graph.matches)
+    plan = plan.carried_out()
     report = Report(found.sites, found.misses, plan, tuple(contracts), clock.laps)
     if report.failures:
         raise _failed(report)
@@ -110,8 +113,10 @@ def make_plan_for(
     model: nn.Module, policy: PolicyLike, example_inputs: Any = None
 ) -> tuple[Plan, Inspection]:
     """The plan a policy gives for a model, without rewriting it."""
-    found = inspect(model, example_inputs)
-    return make_plan(Policy.load(policy), found.sites, found.misses), found
+    wanted = Policy.load(policy)
+    with evaluation_mode(model):
+        found = find(model, examples_for(model, example_inputs), wanted.linears)
+    return _plan_of(wanted, found), found
 
 
 def report_of(model: nn.Module) -> Report:
@@ -147,15 +152,19 @@ def _mind_misses(misses: Sequence[NearMiss], on_miss: OnMiss) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _plan(policy: PolicyLike | Plan, found: Inspection) -> Plan:
-    if isinstance(policy, Plan):
-        policy.check_against(found.sites)
-        return policy
-    loaded = Policy.load(policy)
+def _plan(wanted: Policy | Plan, found: Inspection) -> Plan:
+    if isinstance(wanted, Plan):
+        wanted.check_against(found.sites)
+        return wanted
     if not found.sites:
         why = f"; {found.misses[0].describe()}" if found.misses else ""
         raise NoSiteError(f"no attention was found in the model{why}")
-    return make_plan(loaded, found.sites, found.misses)
+    return _plan_of(wanted, found)
+
+
+def _plan_of(policy: Policy, found: Inspection) -> Plan:
+    plan = make_plan(policy, found.sites, found.misses)
+    return plan.model_copy(update={"linears": list(found.linears)})
 
 
 def _refuse_unproved(plan: Plan, proofs: Sequence[SiteProof]) -> Plan:

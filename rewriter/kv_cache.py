@@ -78,6 +78,13 @@ class _InPlace(DynamicLayer):
         """Where the tokens lie, for code that writes a token itself (see `claim`)."""
         return self._buffers
 
+    def claim_copy(self) -> _Buffers:
+        """The same tokens in buffers of this layer's own, row after row, with room for more."""
+        assert self._buffers is not None
+        size = self._buffers.end - self._buffers.start
+        self._buffers = self._buffers.moved(_rounded(int(size * GROWTH) + 1))
+        return self._buffers
+
     # The base class works on these two attributes.
     @property
     def keys(self) -> torch.Tensor | None:

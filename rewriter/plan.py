@@ -68,6 +68,49 @@ class Decision(_Strict):
         return _map_leaves(value, _spelled)
 
 
+class LinearLayer(_Strict):
+    """What happens to one linear layer outside the mixers.
+
+    Attributes:
+        fqn: the module that is the layer.
+        weight, bias: names of its parameters.
+        transposed: the weight is stored as (in, out).
+        status, reason: as of a `Decision`.
+        error: largest difference of outputs and gradients, relative to the largest value.
+        gains: measured speed-up by number of rows, where there is one.
+    """
+
+    fqn: str
+    weight: str = "weight"
+    bias: str | None = None
+    transposed: bool = False
+    status: Status = "planned"
+    reason: str | None = None
+    error: float = 0.0
+    gains: dict[str, float] = Field(default_factory=dict)
+
+
+class PackedLayer(_Strict):
+    """A layer that leaves padding out of its computation.
+
+    Attributes:
+        fqn: the module; its attention is at `site`.
+        site: path of the module that owns the attention, inside or equal to `fqn`.
+        tokens: paths of its tensor inputs with a (batch, token, ...) shape, dotted.
+        masks: paths of the mask inputs of its attention.
+        status, reason: as of a `Decision`.
+        error: largest difference at real tokens, relative to the largest value.
+    """
+
+    fqn: str
+    site: str
+    tokens: list[str] = Field(default_factory=list)
+    masks: list[str] = Field(default_factory=list)
+    status: Status = "planned"
+    reason: str | None = None
+    error: float = 0.0
+
+
 class Plan(_Strict):
     """All decisions of a rewrite, with the misses that were reported.
 
@@ -75,6 +118,8 @@ class Plan(_Strict):
         version: format of this document.
         policy: name of the policy it came from, for people.
         decisions: one per site, in the order the sites run.
+        linears: linear layers that run on faster code, and those left alone with the reason.
+        packed: layers that leave padding out, and those that do not with the reason.
         misses: near misses as text.
         tool: version of this package that wrote it.
     """
@@ -83,7 +128,22 @@ class Plan(_Strict):
     policy: str = ""
     tool: str = ""
     decisions: list[Decision] = Field(default_factory=list)
+    linears: list[LinearLayer] = Field(default_factory=list)
+    packed: list[PackedLayer] = Field(default_factory=list)
     misses: list[str] = Field(default_factory=list)
+
+    def carried_out(self) -> Plan:
+        """The plan with everything that was not refused marked as done."""
+        done = {"status": "done"}
+        return self.model_copy(
+            update={
+                name: [
+                    x if x.status == "refused" else x.model_copy(update=done)
+                    for x in getattr(self, name)
+                ]
+                for name in ("decisions", "linears", "packed")
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that strict JSON can hold; `from_json` restores an equal plan."""

@@ -95,6 +95,10 @@ class Policy(_Strict):
         rules: the first one that selects a site decides.
         default: mixer of all other sites.
         minimum_sites: fewer attention sites than this in a model are an error.
+        linears: linear layers run on generated code where it is measured to be faster; they stay
+            the same function.
+        packed: layers of encoders leave padding out of their computation; their outputs at padded
+            positions are 0, those at tokens stay the same.
     """
 
     name: str = ""
@@ -102,6 +106,8 @@ class Policy(_Strict):
     rules: tuple[Rule, ...] = ()
     default: str = "keep"
     minimum_sites: int = Field(default=1, ge=0)
+    linears: bool = False
+    packed: bool = False
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | Policy) -> Policy:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rewriter.backends import fastest
 from rewriter.backends.cpu import linear as generated
@@ -28,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether generated code could run this call: one dtype that it knows, on the CPU."""
+    """Whether generated code could run this call: plain tensors of one known dtype, on the CPU."""
     return (
         x.device.type == "cpu"
         and x.dtype in generated.NAMES
@@ -36,6 +37,7 @@ def served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.dtype == x.dtype)
         and x.dim() > 0
         and not torch.is_autocast_enabled("cpu")
+        and not any(is_traceable_wrapper_subclass(t) for t in (x, weight))
     )
 
 

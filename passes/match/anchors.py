@@ -12,7 +12,7 @@ from rewriter.passes.match.draft import Draft, Facts, Labelled
 from rewriter.passes.match.scores import scores
 from rewriter.passes.match.values import values
 from rewriter.passes.match.view import Refusal, View
-from rewriter.passes.normalise.axes import Labels
+from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.ops import arguments, op, operand, value
 from rewriter.passes.normalise.softmax import Softmax, softmax
 
@@ -71,7 +71,7 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
         key=path.key,
         value=end.value,
         output=end.output,
-        query_axis=_token_axis(path.query, query_axis, axes.resolve(path.query.labels)),
+        query_axis=_token_axis(query_axis, axes.resolve(path.query.labels), axes, view),
         key_axis=key_axis,
         channel=channel,
         value_channel=value_channel,
@@ -83,12 +83,15 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
     )
 
 
-def _token_axis(query: Labelled, free: tuple[int, ...], labels: Labels) -> tuple[int, ...]:
-    """Of the axes that only queries have, the innermost dimension holds the tokens.
+def _token_axis(free: tuple[int, ...], labels: Labels, axes: Axes, view: View) -> tuple[int, ...]:
+    """Of the dimensions that only queries have: the one of free size, else the innermost.
 
     Others are head groups that keys and values broadcast over.
     """
     dims = [dim for dim in labels if dim and set(dim) <= set(free)]
+    moving = [dim for dim in dims if view.sizes.dynamic(axes.total(dim))]
+    if len(moving) == 1:
+        return moving[0]
     return dims[-1] if dims else free  # a single query has no axis
 
 

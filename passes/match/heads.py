@@ -150,6 +150,10 @@ def _shared_axes(draft: Draft, view: View) -> tuple[tuple[int, ...], tuple[int, 
     leaves = [a for dim in dims for a in dim]
     if any(a not in order for a in leaves):
         return Refusal("the output lacks an axis of the queries", draft.output.node)
+    if len(dims) >= 2 and dims[-1] and all(sizes.dynamic(axes.size(a)) for a in dims[-1]):
+        outer = tuple(a for dim in dims[:-1] for a in dim)
+        if outer and not any(sizes.dynamic(axes.size(a)) for a in outer):
+            return dims[-1], outer  # the heads lead
     if len(dims) >= 2:
         first = set(dims[0])
         last = max((i for i, a in enumerate(leaves) if sizes.dynamic(axes.size(a))), default=-1)

@@ -17,7 +17,9 @@ from rewriter.passes.normalise.noops import strip, strip_casts
 from rewriter.passes.normalise.ops import op, operand, tensor_inputs, value
 from rewriter.passes.provenance import module_path
 
-_NORMS = frozenset({"layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm", "rsqrt"})
+_NORMS = frozenset(
+    {"sqrt", "layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm", "rsqrt"}
+)
 _REACH = 80
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 from torch import fx
 
 from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, SinkTerm, Softcap
 from rewriter.passes.match.content import is_content
 from rewriter.passes.match.draft import Facts, Labelled, Scores, Sink
+from rewriter.passes.match.guards import gates, late_changes
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.contract import Contraction, contraction
@@ -32,6 +32,7 @@ class _Walk:
     facts: Facts
     node: fx.Node
     labels: Labels
+    key_axis: tuple[int, ...]
     steps: list[ScoreStep | fx.Node] = field(default_factory=list)
     fills: dict[fx.Node, FillTerm] = field(default_factory=dict)
     terms: dict[fx.Node, Labelled] = field(default_factory=dict)
@@ -56,7 +57,7 @@ def scores(
     softmax: Softmax, labels: Labels, view: View, axes: Axes, facts: Facts
 ) -> Scores | Refusal:
     """Walk back from a softmax whose result carries `labels`."""
-    walk = _Walk(view, axes, facts, softmax.scores, labels)
+    walk = _Walk(view, axes, facts, softmax.scores, labels, labels[softmax.dim])
     key_axis = labels[softmax.dim]
     if softmax.dtype is not None:
         walk.dtype = str(softmax.dtype).removeprefix("torch.")
@@ -143,7 +144,7 @@ def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
         return Refusal("a mask or bias is added with a factor", node)
     pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
     if len(pair) != 2:
-        return Refusal("a constant is added to the scores", node)
+        return _shift(walk, node, pair)
     leading = [a for a in pair if leads_to_product(walk.view, a)]
     if len(leading) == 2:
         leading = [a for a in leading if not is_content(a, walk.view, needs_gather=True)] or leading
@@ -159,16 +160,34 @@ def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
     return refusal
 
 
+def _shift(walk: _Walk, node: fx.Node, main: list[fx.Node]) -> Refusal | None:
+    """A number added to all scores of a row changes no softmax, but it changes a soft-cap."""
+    if len(main) != 1 or any(isinstance(s, Softcap) for s in walk.steps):
+        return Refusal("a constant is added to the scores before the soft-cap", node)
+    walk.facts.add("a constant added to all scores, which changes nothing")
+    walk.node = main[0]
+    return None
+
+
 def _sub(walk: _Walk, node: fx.Node) -> Refusal | None:
-    """x - max(x) changes no softmax; other differences are refused."""
-    shift = strip(node.args[1]) if isinstance(node.args[1], fx.Node) else None
-    if shift is not None and op(shift) == "getitem":
+    """x - r(x) changes no softmax if r reduces over the keys; other differences are refused."""
+    if not isinstance(node.args[1], fx.Node):
+        return _shift(walk, node, [operand(node)])
+    shift = strip(node.args[1])
+    if op(shift) == "getitem":
         shift = operand(shift)
-    maximum = shift is not None and op(shift) in ("amax", "max")
-    if maximum and strip(operand(cast(fx.Node, shift))) is strip(operand(node)):
-        walk.node = operand(node)
-        return None
-    return Refusal("something is subtracted from the scores", node)
+    if op(shift) not in _REDUCTIONS or strip(operand(shift)) is not strip(operand(node)):
+        return Refusal("something is subtracted from the scores", node)
+    over = arguments(shift).get("dim")
+    dims = over if isinstance(over, list | tuple) else [over]
+    key = walk.axes.leaves(walk.key_axis)
+    for d in dims:
+        if not isinstance(d, int) or walk.axes.leaves(walk.labels[d]) != key:
+            return Refusal("the scores are shifted over another axis than the softmax's", node)
+    return _shift(walk, node, [operand(node)])
+
+
+_REDUCTIONS = frozenset({"amax", "max", "mean", "amin", "logsumexp", "sum"})
 
 
 def _fill(walk: _Walk, node: fx.Node) -> Refusal | None:
@@ -284,4 +303,6 @@ def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Sco
         else:
             steps.append(AddTerm(index) if fill is None else FillTerm(index, fill.value, fill.keep))
         terms.append(walk.terms[item])
-    return Scores(query, keys, tuple(steps), tuple(terms), walk.dtype, walk.sink)
+    held = [t.node for t in terms]
+    refusal = late_changes(steps, product.node) or gates(held, product.node, walk.view)
+    return refusal or Scores(query, keys, tuple(steps), tuple(terms), walk.dtype, walk.sink)

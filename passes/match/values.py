@@ -17,6 +17,10 @@ from rewriter.passes.normalise.ops import arguments, dimension, op
 _DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
 
 
+_OF_HIDDEN_ROWS = frozenset({"nan_to_num"})
+"""Operators that only change rows without a visible key; every core gives 0 there."""
+
+
 @dataclass(frozen=True)
 class Values:
     """The product of probabilities and values.
@@ -52,7 +56,8 @@ def values(
             if op(user) in _DROPOUTS:
                 stack.append((user, here, float(arguments(user)["p"])))
                 continue
-            after = here if is_cast(user) else forward(user, here, axes, view.sizes)
+            idle = is_cast(user) or op(user) in _OF_HIDDEN_ROWS
+            after = here if idle else forward(user, here, axes, view.sizes)
             if after is None and sink is not None:
                 after = without_sink(user, here, sink, view, axes)
                 kept = kept if after is None else Labelled(user, after)

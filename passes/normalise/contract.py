@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 
 from torch import fx
@@ -91,8 +92,7 @@ def _einsum(node: fx.Node, out: Labels, axes: Axes, sizes: Sizes) -> Contraction
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     if not isinstance(operands, list | tuple) or len(operands) != 2:
         return "an einsum of more than two operands"
-    if "." in equation or "->" not in equation:
-        return f"the einsum '{equation}' has no explicit axes"
+    equation = _explicit(equation, [sizes.of(x) for x in operands if isinstance(x, fx.Node)])
     terms, result = equation.split("->")
     left_letters, right_letters = terms.split(",")
     if any(len(set(t)) != len(t) for t in (left_letters, right_letters, result)):
@@ -116,6 +116,27 @@ def _einsum(node: fx.Node, out: Labels, axes: Axes, sizes: Sizes) -> Contraction
         right_labels=_einsum_labels(right, right_letters, table, sizes),
         out_labels=out,
     )
+
+
+def _explicit(equation: str, shapes: list[tuple[int, ...]]) -> str:
+    """The equation with an ellipsis spelled out and with its result."""
+    terms, arrow, result = equation.partition("->")
+    letters = terms.split(",")
+    free = [c for c in string.ascii_letters if c not in equation]
+    hidden = [
+        len(s) - len(t.replace("...", "")) if "..." in t else 0
+        for t, s in zip(letters, shapes, strict=False)
+    ]
+    whole = "".join(free[: max(hidden, default=0)])
+    letters = [
+        t.replace("...", whole[len(whole) - count :])
+        for t, count in zip(letters, hidden, strict=False)
+    ]
+    if not arrow:
+        joined = "".join(t.replace("...", "") for t in terms.split(","))
+        result = "..." * ("..." in terms)
+        result += "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+    return ",".join(letters) + "->" + result.replace("...", whole)
 
 
 def _einsum_labels(

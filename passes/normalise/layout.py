@@ -69,10 +69,12 @@ def backward(node: fx.Node, labels: Labels, axes: Axes, sizes: Sizes) -> Step | 
         for out, inner in enumerate(order):
             before_list[inner] = labels[out]
         return Step(operand(node), tuple(before_list))
-    if name in ("expand", "expand_as"):
+    if name in ("expand", "expand_as", "broadcast_to"):
         return _expand(node, labels, axes, sizes)
     if name in ("repeat_interleave", "repeat"):
         return _repeat(node, labels, axes, sizes)
+    if name in ("stack", "cat"):
+        return _copies(node, labels, axes, sizes)
     return None
 
 
@@ -122,6 +124,21 @@ def _repeat(node: fx.Node, labels: Labels, axes: Axes, sizes: Sizes) -> Step | N
         before.append(parts[0] if inner else parts[1])
         repeated.extend(parts[1] if inner else parts[0])
     return Step(source, tuple(before), tuple(repeated))
+
+
+def _copies(node: fx.Node, labels: Labels, axes: Axes, sizes: Sizes) -> Step | None:
+    """One tensor stacked or concatenated with itself is a repetition."""
+    a = arguments(node)
+    parts = a["tensors"]
+    if not isinstance(parts, list | tuple) or len(set(parts)) != 1 or len(parts) < 2:
+        return None
+    source, dim = parts[0], dimension(int(a["dim"]), len(labels))
+    if op(node) == "stack":
+        return Step(source, (*labels[:dim], *labels[dim + 1 :]), axes.leaves(labels[dim]))
+    split = axes.regroup((labels[dim],), (len(parts), sizes.of(source)[dim]))
+    if split is None:
+        return None
+    return Step(source, (*labels[:dim], split[1], *labels[dim + 1 :]), axes.leaves(split[0]))
 
 
 def _movedim(node: fx.Node, rank: int) -> list[int]:

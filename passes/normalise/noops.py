@@ -21,12 +21,22 @@ def is_noop(node: fx.Node) -> bool:
     if name == "slice":
         a = arguments(node)
         return a["start"] in (None, 0) and a["step"] == 1 and _same_shape(node)
-    if name in ("expand", "expand_as"):
+    if name in ("expand", "expand_as", "broadcast_to"):
         return _same_shape(node)
+    if name in ("mul", "div", "add", "sub"):
+        return _neutral(node, name)
     if name in ("dropout", "feature_dropout", "alpha_dropout"):
         a = arguments(node)
         return not a["train"] or a["p"] == 0.0
     return False
+
+
+def _neutral(node: fx.Node, name: str) -> bool:
+    """x * 1, x / 1, x + 0 and x - 0 for a Python number, in the same dtype."""
+    if len(node.args) < 2 or isinstance(node.args[1], bool | fx.Node) or node.kwargs:
+        return False
+    neutral = 1.0 if name in ("mul", "div") else 0.0
+    return bool(node.args[1] == neutral) and not changes_dtype(node)
 
 
 def is_cast(node: fx.Node) -> bool:

@@ -45,7 +45,25 @@ def softmax(node: fx.Node) -> Softmax | None:
         inner = strip(operand(node))
         dim = dimension(int(arguments(inner)["dim"]), val.dim())
         return Softmax(node, operand(inner), dim, None, (inner, node))
+    if op(node) == "exp" and op(strip(operand(node))) == "sub":
+        return _by_logarithm(node, strip(operand(node)), val.dim())
     return None
+
+
+def _by_logarithm(node: fx.Node, shift: fx.Node, rank: int) -> Softmax | None:
+    """exp(x - logsumexp(x))."""
+    if not isinstance(shift.args[1], fx.Node) or arguments(shift).get("alpha", 1) != 1:
+        return None
+    total = strip_casts(shift.args[1])
+    lifted = op(total) == "unsqueeze"
+    log = strip_casts(operand(total)) if lifted else total
+    if op(log) != "logsumexp" or strip(operand(log)) is not strip(operand(shift)):
+        return None
+    dim = _reduced(log, rank)
+    placed = dimension(int(arguments(total)["dim"]), rank) == dim if lifted else False
+    if dim is None or not (placed or arguments(log)["keepdim"]):
+        return None
+    return Softmax(node, operand(shift), dim, None, (node, shift, total, log))
 
 
 def _by_hand(node: fx.Node, rank: int) -> Softmax | None:

@@ -57,7 +57,9 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
         UsageError: the plan names a module the model does not have.
         VerificationError: an owner is not called exactly once per forward.
     """
-    return realise(model, targets_of(plan), examples)
+    from rewriter.passes.exact.rest import rest  # needs realisation itself
+
+    return rest(realise(model, targets_of(plan), examples), plan)
 
 
 Caches = dict[tuple[str, str, type[nn.Module]], EmissionCache]

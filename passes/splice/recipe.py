@@ -15,6 +15,9 @@ from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.mask import Causal, Chunk, SymmetricWindow, Window
 from rewriter.ir.site import AttentionSite
 from rewriter.passes.match import CoreNodes, Match, Operand
+from rewriter.passes.match.inputs import example_of
+from rewriter.passes.match.slices import slice_of
+from rewriter.passes.match.view import View
 from rewriter.passes.normalise.ops import arguments, op, value
 from rewriter.passes.torch_private import symbolic_expression
 
@@ -43,17 +46,27 @@ class Recipe:
         return f"block_sparse on {self.backend}{more}"
 
 
-def recipe_for(found: Match, needs_grad: bool, allow_reference: bool = False) -> Recipe | str:
-    """The exact form of a site, or one sentence that says why it stays as it is.
+def recipe_for(
+    found: Match,
+    view: View,
+    needs_grad: bool,
+    allow_reference: bool = False,
+    other: BlockSparse | None = None,
+) -> Recipe | str:
+    """The form of a site as one operator, or one sentence that says why it stays as it is.
 
     Args:
+        view: the captured graph.
         needs_grad: the graph will be differentiated.
         allow_reference: plain torch may stand in where no generated kernel serves the site.
+        other: what to compute instead of the site's own attention (an approximate policy).
     """
     site, nodes = found.site, found.nodes
-    reason = _unfit(site, nodes)
+    reason = _unfit(site, nodes) or caller_decides(found, view)
     if reason is not None:
         return reason
+    if other is not None and site.mask.padding:
+        return "an approximate mixer takes no padding mask in a compiled graph"
     if site.mask.padding:
         reason = next((r for t, role in _masks(site, nodes) if (r := _unreadable(t, role))), None)
         reason = reason or _counted_apart(site, nodes)
@@ -67,6 +80,7 @@ def recipe_for(found: Match, needs_grad: bool, allow_reference: bool = False) ->
         site.mask.without_padding().predicate,
         site.softcap,
     )
+    spec = other or spec
     kernel = resolve(spec, tensor.device, tensor.dtype, needs_grad)
     if kernel.backend == "reference" and not allow_reference:
         why = "; ".join(f"{name}: {text}" for name, text in kernel.declined)
@@ -79,6 +93,27 @@ def mask_terms(found: Match) -> Iterator[tuple[int, Operand]]:
     for index, (term, role) in enumerate(zip(found.nodes.terms, found.site.terms, strict=True)):
         if role in ("mask", "mask_and_bias"):
             yield index, term
+
+
+def caller_decides(found: Match, view: View) -> str | None:
+    """Why the mask is not known before the call, if it is not: a graph serves many calls.
+
+    The one input that may shape a mask is a (batch, keys) tensor of zeros and ones, because what
+    it hides is read off the mask at run time.
+    """
+    keys = tokens(found.nodes.key)
+    for _, term in mask_terms(found):
+        for node in slice_of(term.node, view).inputs:
+            tensor = value(node)
+            if node.name not in view.captured.inputs or tensor is None or tensor.dim() == 0:
+                continue
+            example = example_of(node, view)
+            binary = bool(((example == 0) | (example == 1)).all())
+            sizes = [symbolic_expression(s) for s in tensor.shape]
+            rows_are_tokens = tensor.dim() == 2 and sizes[0] == sizes[1] == keys
+            if not (binary and found.site.mask.padding) or tensor.dim() > 2 or rows_are_tokens:
+                return f"the mask depends on the input '{node.name}', whose values each call brings"
+    return None
 
 
 def _unfit(site: AttentionSite, nodes: CoreNodes) -> str | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import fx
 
+from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.site import AttentionSite
 from rewriter.passes.capture import Captured
 from rewriter.passes.match import Match
+from rewriter.passes.match.view import View
 from rewriter.passes.normalise.ops import value
 from rewriter.passes.splice.emit import emit
 from rewriter.passes.splice.proof import difference
@@ -49,6 +51,7 @@ def splice(
     *,
     needs_grad: bool,
     allow_reference: bool = False,
+    instead: Mapping[int, BlockSparse] | None = None,
 ) -> Spliced:
     """Replace the cores of `matches` in the captured graph itself, where that is proved exact.
 
@@ -56,19 +59,20 @@ def splice(
         captured: its graph is changed in place.
         needs_grad: the graph will be differentiated, so gradients are compared too.
         allow_reference: plain torch may stand in where no generated kernel serves a site.
+        instead: by site index, what an approximate policy computes; nothing is compared there.
     """
-    module = captured.graph_module
+    module, view = captured.graph_module, View(captured)
     outcomes: list[Outcome] = []
     proved: dict[str, float | str] = {}
     new: list[fx.Node] = []
     for found in matches:
-        recipe = recipe_for(found, needs_grad, allow_reference)
-        outcome = (
-            Outcome(found.site, "kept", recipe)
-            if isinstance(recipe, str)
-            else _replace(module, found, recipe, needs_grad, proved, new)
-        )
-        outcomes.append(outcome)
+        other = (instead or {}).get(found.site.index)
+        recipe = recipe_for(found, view, needs_grad, allow_reference, other)
+        if isinstance(recipe, str):
+            outcomes.append(Outcome(found.site, "kept", recipe))
+            continue
+        check = None if other is not None else proved
+        outcomes.append(_replace(module, found, recipe, needs_grad, check, new))
     relax_views(new)
     erased = erase_unused(module.graph)
     module.graph.lint()
@@ -81,17 +85,20 @@ def _replace(
     found: Match,
     recipe: Recipe,
     needs_grad: bool,
-    proved: dict[str, float | str],
+    proved: dict[str, float | str] | None,
     new: list[fx.Node],
 ) -> Outcome:
+    """`proved` remembers the verdicts on equal cores; None replaces without comparing."""
     try:
         node = emit(module.graph, found, recipe)
     except (NotImplementedError, ValueError) as error:
         return Outcome(found.site, "kept", f"its layout cannot be written: {error}")
-    key = _signature(found, recipe)
-    if key not in proved:
-        proved[key] = difference(found, node, module, needs_grad)
-    verdict = proved[key]
+    verdict: float | str | None = None
+    if proved is not None:
+        key = _signature(found, recipe)
+        if key not in proved:
+            proved[key] = difference(found, node, module, needs_grad)
+        verdict = proved[key]
     if isinstance(verdict, str):
         erase_unused(module.graph)
         return Outcome(found.site, "kept", f"not proved: {verdict}")

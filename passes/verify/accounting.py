@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.passes.exact.rest import rest
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.owner import emissions_of
 from rewriter.passes.verify.compare import first_tensor, max_difference
+from rewriter.plan import Plan
 
 MARK = "core"
 
@@ -65,9 +67,12 @@ def check_round_trip(
     targets: Sequence[Target],
     examples: Examples,
     caches: Caches | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[ContractResult]:
     """Contract 7 in memory: rewrite again, load the state dict strictly, get the same outputs."""
     again = realise(share_parameters(original), targets, examples, caches)
+    if plan is not None:
+        rest(again, plan)
     again.load_state_dict(rewritten.state_dict(), strict=True, assign=True)
     with torch.no_grad():
         a = first_tensor(again(*examples.primary.args, **examples.primary.kwargs))

@@ -12,6 +12,7 @@ from torch import nn
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.registry import get
+from rewriter.passes.exact import linears, padding
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target
 from rewriter.passes.verify.accounting import check_accounting, check_keys, check_round_trip
@@ -22,6 +23,7 @@ from rewriter.passes.verify.gap import check_gap
 from rewriter.passes.verify.proof import EXACT, SiteProof, cached_difference
 from rewriter.passes.verify.speed import check_speed
 from rewriter.passes.verify.whole import check_model, run_call
+from rewriter.plan import Plan
 
 Level = Literal["full", "quick", "none"]
 
@@ -37,6 +39,7 @@ def verify(
     wanted_length: int | None = None,
     forced: bool = False,
     caches: Caches | None = None,
+    plan: Plan | None = None,
 ) -> list[ContractResult]:
     """Run the contracts.
 
@@ -50,6 +53,7 @@ def verify(
         level: 'full'; 'quick' leaves out speed and the teacher gap; 'none' runs nothing.
         wanted_length, forced: for contract 10, see `check_speed`.
         caches: traces made so far, see `realise`.
+        plan: what was done beside attention.
     """
     if level == "none":
         return []
@@ -64,10 +68,14 @@ def verify(
         out += check_core(core, subject)
     out += _identity(original, identity, proofs, examples)
     out += check_keys(original, rewritten)
-    out += check_round_trip(original, rewritten, targets, examples, caches)
+    out += check_round_trip(original, rewritten, targets, examples, caches, plan)
+    if plan is not None:
+        out += linears.results(rewritten, plan.linears)
+        out += padding.results(plan.packed, next(original.parameters()).dtype)
     out += check_exact(original, rewritten, exact, examples)
     if not changed:
-        out += _lossless(original, rewritten, examples)
+        packed = plan is not None and any(x.status != "refused" for x in plan.packed)
+        out += _lossless(original, rewritten, examples, packed)
     if level == "full":
         out += check_gap(original, rewritten, changed, examples)
         for core, subject in _distinct(rewritten, [t for t in targets if t.mixer != EXACT]):
@@ -90,14 +98,20 @@ def _distinct(model: nn.Module, targets: Sequence[Target]) -> Iterator[tuple[Mix
 
 
 def _lossless(
-    original: nn.Module, rewritten: nn.Module, examples: Examples
+    original: nn.Module, rewritten: nn.Module, examples: Examples, packed: bool
 ) -> Iterator[ContractResult]:
-    """Contract 8 for the whole model: nothing but exact cores gives the original outputs."""
+    """Contract 8 for the whole model: nothing but exact cores gives the original outputs.
+
+    `packed`: outputs at padded positions are not compared, they are 0.
+    """
     worst, scale = 0.0, 1.0
     for call in (examples.primary, *examples.variants.values()):
-        theirs = run_call(original, call)
+        ours, theirs = run_call(rewritten, call), run_call(original, call)
+        mask = call.kwargs.get(str(examples.padded)) if packed else None
+        if mask is not None and mask.shape == theirs.shape[:2]:
+            ours, theirs = ours[mask.bool()], theirs[mask.bool()]
         scale = max(scale, float(theirs.float().abs().max()))
-        worst = max(worst, max_difference(run_call(rewritten, call), theirs) / scale)
+        worst = max(worst, max_difference(ours, theirs) / scale)
     dtype = next(original.parameters()).dtype
     bound = 10 * BOUND.get(dtype, 1e-2)
     yield judged(8, "outputs equal the original's", "model", worst, bound)

@@ -53,6 +53,10 @@ def check_core(core: Mixer, subject: str) -> Iterator[ContractResult]:
 
 
 def _head_map(core: Mixer, data: Tokens, whole: torch.Tensor, subject: str) -> ContractResult:
+    check = "query head h reads KV head h // group"
+    if not core.reads_keys:
+        detail = f"{core.info.name} reads no keys"
+        return ContractResult(2, check, subject, "not applicable", detail=detail)
     heads = core.site.heads
     worst = 0.0
     silent = 0
@@ -67,7 +71,7 @@ def _head_map(core: Mixer, data: Tokens, whole: torch.Tensor, subject: str) -> C
         silent += int((changed[mine] == 0).sum())
     detail = f"{silent} query heads ignore their key/value head" if silent else ""
     measured = float("inf") if silent else worst
-    return judged(2, "query head h reads KV head h // group", subject, measured, BOUND, detail)
+    return judged(2, check, subject, measured, BOUND, detail)
 
 
 def _schedules(

@@ -51,7 +51,10 @@ def check_speed(
             return core.mix(data)
 
         with torch.no_grad():
-            contenders = {"core": run, "original": original_core(core.site, data)}
+            contenders: dict[str, Callable[[], object]] = {
+                "core": run,
+                "original": original_core(core.site, data),
+            }
             times = interleaved(contenders, seconds=0.0, rounds=(3, 3))
         ratio = times["original"].median / times["core"].median
         figures.append(f"{tokens}: {ratio:.2f}x")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedConfig
 
 from rewriter.checkpoint.architecture import causal_lm_class
 from rewriter.checkpoint.gguf_header import scan
+from rewriter.checkpoint.gguf_speed import quick_reading
 from rewriter.checkpoint.quiet import quiet, reason
 from rewriter.errors import InputError
 
@@ -40,9 +41,13 @@ def check(path: Path) -> None:
     scan(path, {int(kind): size for kind, size in GGML_QUANT_SIZES.items()})
 
 
-def read_config(path: Path) -> PreTrainedConfig:
+Opened = dict[Path, Any]
+"""Readers of files that are open; one dict for all calls about one checkpoint."""
+
+
+def read_config(path: Path, opened: Opened | None = None) -> PreTrainedConfig:
     """The config in the file's metadata. Raises InputError if its architecture is not supported."""
-    return _guarded(path, "config", AutoConfig)
+    return _guarded(path, "config", AutoConfig, opened)
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -50,7 +55,9 @@ def read_tokenizer(path: Path) -> Any:
     return _guarded(path, "tokenizer", AutoTokenizer)
 
 
-def read_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def read_model(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype | None, opened: Opened | None = None
+) -> tuple[Any, Any]:
     """The de-quantised model and transformers' record of what was loaded.
 
     Raises:
@@ -63,7 +70,7 @@ def read_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) 
             "other is read from GGUF; start from its Hugging Face checkpoint"
         )
     try:
-        with quiet():
+        with quiet(), quick_reading({} if opened is None else opened):
             model, info = cls.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -82,9 +89,9 @@ def read_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype | None) 
     return model, info
 
 
-def _guarded(path: Path, what: str, auto: Any) -> Any:
+def _guarded(path: Path, what: str, auto: Any, opened: Opened | None = None) -> Any:
     try:
-        with quiet():
+        with quiet(), quick_reading({} if opened is None else opened):
             return auto.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
             )

@@ -51,6 +51,7 @@ class Source:
         self.drop_extra = drop_extra
         self._config_path = config_path
         self._weights = found
+        self._opened: gguf.Opened = {}
 
     @property
     def name(self) -> str:
@@ -66,7 +67,7 @@ class Source:
     def config(self) -> PreTrainedConfig:
         """Raises InputError if it is damaged or of an unknown architecture."""
         if self.kind == "gguf":
-            return gguf.read_config(self.path)
+            return gguf.read_config(self.path, self._opened)
         assert self._config_path is not None
         if self.kind == "rewritten":
             from rewriter.checkpoint.load import base_config  # reading knows nothing of rewriting
@@ -109,7 +110,8 @@ class Source:
             assert isinstance(model, PreTrainedModel)
             return model
         if self.kind == "gguf":
-            model, info = gguf.read_model(self.path, self.config, self.dtype)
+            model, info = gguf.read_model(self.path, self.config, self.dtype, self._opened)
+            self._opened.clear()
         else:
             model, info = self._load_weights()
         _check_complete(self.path, model, info, self.drop_extra)

@@ -65,10 +65,23 @@ def describe(mixer: type[Mixer]) -> dict[str, Any]:
         "source": info.source,
         "directions": sorted(info.directions, reverse=True),
         "branches": list(mixer.branches),
+        "needs": needs(mixer),
         "options": _options(mixer),
         "cost": cost,
         "state": state,
     }
+
+
+def needs(mixer: type[Mixer]) -> list[str]:
+    """What a mixer asks for beyond queries, keys and values."""
+    from rewriter.mixers.base import Mixer as Base
+
+    wanted = {
+        "stream": mixer.needs_hidden,
+        "fit": mixer.fit is not Base.fit,
+        "training": mixer.info.tier == "distilled",
+    }
+    return [name for name, asked in wanted.items() if asked]
 
 
 def reference_site(causal: bool) -> AttentionSite:
@@ -114,7 +127,7 @@ def _cost(
         return float(formula.subs(bindings(site, 1, tokens)))
 
     far = 1 << 20
-    growth = "N^2" if at(2 * far) / at(far) > 3 else "N"
+    growth = "none" if at(far) == 0 else "N^2" if at(2 * far) / at(far) > 3 else "N"
     softmax = 2 * HEADS * LENGTH**2 * 2 * WIDTH
     return {
         "growth": growth,

@@ -22,18 +22,20 @@ def mixers_view(listed: Sequence[Described]) -> list[RenderableType]:
             m["family"],
             m["tier"],
             _directions(m["directions"]),
+            ", ".join(m["needs"]),
             *_cost(m["cost"]),
             _state(m["state"]),
         )
         for m in listed
     ]
-    columns = ["mixer", "family", "tier", "direction", "cost", "share", "state"]
+    columns = ["mixer", "family", "tier", "direction", "needs", "cost", "share", "state"]
     return [
-        table(columns, rows, fold=("family", "direction", "state")),
+        table(columns, rows, fold=("family", "direction", "needs", "state")),
         heading("what they do"),
         bullets((f"{m['name']}:", m["summary"]) for m in listed),
         Text(
-            f"\ncost: growth with N tokens. share: operations of full softmax attention over "
+            "\nneeds: the stream that projections read, a batch to fit the start to, training.\n"
+            f"cost: growth with N tokens. share: operations of full softmax attention over "
             f"{LENGTH} tokens. state: bytes a sequence, float32. Figures for one block with "
             f"{HEADS} query and {KV_HEADS} key/value heads of width {WIDTH} and default options.\n"
             "More: rewriter mixers NAME"
@@ -49,6 +51,7 @@ def mixer_view(m: Described) -> list[RenderableType]:
         ("family", m["family"]),
         ("tier", f"{m['tier']} ({_TIERS.get(m['tier'], '')})"),
         ("direction", ", ".join(m["directions"])),
+        ("needs", ", ".join(m["needs"]) or "nothing"),
         ("branches", ", ".join(m["branches"]) or "one"),
         ("cost", f"{cost}; {share} of full softmax attention over {LENGTH} tokens"),
         ("state", _state(m["state"])),

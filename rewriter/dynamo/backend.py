@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewriter.dynamo.choice import choose
 from rewriter.dynamo.options import CompileOptions
 from rewriter.dynamo.report import CompileReport, GraphReport, log
-from rewriter.errors import UsageError
 from rewriter.ir.site import NearMiss, Source
 from rewriter.passes import torch_private
 from rewriter.passes.capture import Captured
 from rewriter.passes.dynamo_graph import capture_graph
-from rewriter.passes.match import Match, MatchResult, match
-from rewriter.passes.splice import Outcome, splice
-from rewriter.policy import Policy, make_plan
+from rewriter.passes.match import MatchResult, match
+from rewriter.passes.splice import Outcome, splice, splice_linears
+from rewriter.policy import Policy
 
 
 def rewriter_backend(
@@ -54,12 +54,20 @@ def rewriter_backend(
         isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
     )
     outcomes: tuple[Outcome, ...] = ()
-    result, after = graph, nodes
+    result, after, linears = graph, nodes, 0
     if isinstance(captured, Captured) and found.matches:
-        chosen, kept = _chosen(policy, found)
-        done = splice(captured, chosen, needs_grad=grad, allow_reference=wanted.allow_reference)
-        outcomes = tuple(sorted((*done.outcomes, *kept), key=lambda o: o.site.index))
-        if any(o.status == "spliced" for o in outcomes):
+        chosen = choose(policy, found)
+        done = splice(
+            captured,
+            chosen.replaced,
+            needs_grad=grad,
+            allow_reference=wanted.allow_reference,
+            instead=chosen.instead,
+        )
+        outcomes = tuple(sorted((*done.outcomes, *chosen.kept), key=lambda o: o.site.index))
+        if wanted.linears and not grad and chosen.replaced:
+            linears = splice_linears(captured.graph_module)
+        if linears or any(o.status == "spliced" for o in outcomes):
             result, after = captured.graph_module, len(captured.graph_module.graph.nodes)
             torch_private.inherit_inputs(result, graph)
     clock.lap("splice")
@@ -71,6 +79,7 @@ def rewriter_backend(
         outcomes=outcomes,
         misses=found.misses,
         nodes=(nodes, after),
+        linears=linears,
         differentiable=grad,
         seconds=clock.laps,
     )
@@ -87,31 +96,6 @@ def _match(captured: Captured | NearMiss) -> MatchResult:
     except Exception as error:  # a graph nobody has seen must still compile
         reason = f"matching failed with {type(error).__name__}: {error}"
         return MatchResult((), (NearMiss("match", reason, Source("forward")),))
-
-
-def _chosen(policy: Policy, found: MatchResult) -> tuple[list[Match], list[Outcome]]:
-    """The matches to replace, and the outcomes of those that the policy leaves alone.
-
-    Raises:
-        UsageError: a mixer that has something to learn.
-    """
-    sites = [m.site for m in found.matches]
-    plan = make_plan(policy.model_copy(update={"minimum_sites": 0}), sites, found.misses)
-    chosen: list[Match] = []
-    kept: list[Outcome] = []
-    for item, decision in zip(found.matches, plan.decisions, strict=True):
-        if decision.tier == "distilled":
-            raise UsageError(
-                f"'{decision.target}' has parameters to learn, which a compiled graph cannot hold; "
-                f"call rewriter.rewrite(model, '{policy.name}') first and compile its result"
-            )
-        if decision.target == "keep":
-            kept.append(Outcome(item.site, "kept", "the policy keeps it"))
-        elif decision.status == "refused":
-            kept.append(Outcome(item.site, "kept", str(decision.reason)))
-        else:
-            chosen.append(item)
-    return chosen, kept
 
 
 def _inner(options: CompileOptions, mode: str | None) -> Callable[..., Callable[..., Any]]:

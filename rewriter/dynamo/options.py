@@ -25,6 +25,8 @@ class CompileOptions:
         report: collects what was done in each graph.
         allow_reference: let plain torch stand in where no generated kernel serves a site. Slower
             than what it replaces; for trying out a rewrite on a machine without a C++ compiler.
+        linears: in graphs without gradients, run linear layers by the faster of torch's code and
+            generated code, measured at first use.
     """
 
     policy: str | Path | Mapping[str, Any] | Policy = "exact"
@@ -32,6 +34,7 @@ class CompileOptions:
     inner_options: Mapping[str, Any] = field(default_factory=dict)
     report: CompileReport | None = None
     allow_reference: bool = False
+    linears: bool = True
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> CompileOptions:

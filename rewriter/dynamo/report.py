@@ -22,6 +22,7 @@ class GraphReport:
         outcomes: every site that was understood, in the order they run.
         misses: what looked like attention and was refused.
         nodes: nodes of the graph before and after.
+        linears: linear layers that run by the faster of torch's and generated code.
         differentiable: the graph was compiled for training.
         seconds: our own time by stage, and 'inner', the time of the compiler behind.
     """
@@ -32,6 +33,7 @@ class GraphReport:
     nodes: tuple[int, int]
     differentiable: bool
     seconds: Mapping[str, float]
+    linears: int = 0
 
     @property
     def spliced(self) -> int:
@@ -48,6 +50,8 @@ class GraphReport:
         text = f"graph {self.number}: {self.spliced} of {len(self.outcomes)} sites spliced"
         if self.misses:
             text += f", {len(self.misses)} not understood"
+        if self.linears:
+            text += f", {self.linears} linear layers"
         text += f", {before} nodes to {after}, {self.own_seconds:.1f} s"
         return f"{text} + inner {self.seconds.get('inner', 0.0):.1f} s"
 
@@ -82,6 +86,7 @@ class GraphReport:
             ],
             "misses": [m.to_json() for m in self.misses],
             "nodes": list(self.nodes),
+            "linears": self.linears,
             "differentiable": self.differentiable,
             "seconds": dict(self.seconds),
         }

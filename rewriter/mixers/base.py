@@ -78,6 +78,7 @@ class Mixer(nn.Module):
         provides_weights: `forward` can return attention weights (only exact mixers can).
         needs_hidden: `mix` reads `Tokens.hidden`; sites that do not know it are refused.
         averages: an output is a weighted mean of values, so one token alone gives its own value.
+        reads_keys: outputs depend on keys and values at all.
     """
 
     info: ClassVar[MixerInfo]
@@ -86,6 +87,7 @@ class Mixer(nn.Module):
     provides_weights: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
     averages: ClassVar[bool] = True
+    reads_keys: ClassVar[bool] = True
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         """Args: the site, validated options, and the layer's index in the cache, if it has one."""
@@ -140,6 +142,13 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def fit(self, x: Tokens, target: torch.Tensor) -> None:
+        """Move the start nearer to the original: what it gives for tokens x is `target`.
+
+        Called at most once, before any training, with x.state None and target (B, H, n, Dv). A
+        mixer that has nothing to set from data ignores it.
+        """
+
     def forward(
         self,
         q: torch.Tensor,
@@ -165,9 +174,7 @@ class Mixer(nn.Module):
                 "this call does not hand to the core; keep this layer's original attention"
             )
         if cache is None or self.site.kind == "bidirectional":
-            split = site_terms.split(self.site, terms, 0, new).of_batch(batch)
-            out, _ = self.mix(Tokens(q, k, v, hidden, split.valid, split.bias))
-            return out, None
+            return self.mix(self.tokens(q, k, v, terms, hidden))[0], None
         if self.layer is None:
             raise UnsupportedError(
                 f"'{self.site.fqn}' was called with a cache, but its place in the cache is not "
@@ -180,6 +187,18 @@ class Mixer(nn.Module):
         if after is not None:
             layer.store(after, new)
         return out, None
+
+    def tokens(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms = (),
+        hidden: torch.Tensor | None = None,
+    ) -> Tokens:
+        """The arguments of a call without a cache, as `mix` gets them."""
+        split = site_terms.split(self.site, terms, 0, q.shape[-2]).of_batch(q.shape[0])
+        return Tokens(q, k, v, hidden, split.valid, split.bias)
 
     @cached_property
     def _spec(self) -> StateSpec:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.backends.registry import resolve
+from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.kernels import KernelSpec, state_of
 from rewriter.ir.state import State
 
@@ -109,6 +110,15 @@ def run(spec: KernelSpec, x: Tokens, *operands: Any, **given: Any) -> tuple[Tens
     state = None if x.state is None else part(x.state, spec)
     inputs = operands or (x.q, x.k, x.v)
     out: tuple[Tensor, State | None] = kernel.run(*inputs, valid=x.valid, state=state, **given)
+    return out
+
+
+def attend(
+    spec: BlockSparse, q: Tensor, k: Tensor, v: Tensor, **given: Any
+) -> tuple[Tensor, Tensor]:
+    """Run a block-sparse spec: (B, H, n, Dv) and the log-sum-exp (B, H, n) float32."""
+    kernel = resolve(spec, v.device, v.dtype, torch.is_grad_enabled())
+    out: tuple[Tensor, Tensor] = kernel.run(q, k, v, **given)
     return out
 
 

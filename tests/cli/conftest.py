@@ -44,4 +44,4 @@ def found(tiny: Path) -> api.Inspection:
 @pytest.fixture
 def known(found: api.Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares a command the tracing of the tiny model, which another test has seen work."""
-    monkeypatch.setattr(api, "_find", lambda *_: found)
+    monkeypatch.setattr(api, "find", lambda *_: found)

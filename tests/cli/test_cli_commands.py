@@ -141,7 +141,7 @@ def test_near_misses_warn_on_stderr_or_stop(
     tiny: Path, tmp_path: Path, found: api.Inspection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_miss = api.Inspection(found.sites, (MISS,))
-    monkeypatch.setattr(api, "_find", lambda *_: with_miss)
+    monkeypatch.setattr(api, "find", lambda *_: with_miss)
     words = ("convert", tiny, "--policy", "sink-window", "--out", tmp_path / "o")
     line = failed(run(*words, "--on-miss", "error"), 4)
     assert "it depends on data" in line

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 import rewriter
 from rewriter.errors import UsageError
 
-PLAIN = {"inner": "eager", "allow_reference": True}
+PLAIN = {"inner": "eager", "allow_reference": True, "linears": False}
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +213,55 @@ def test_an_opaque_mask_stays_as_it_is():
     mask |= torch.eye(9, dtype=torch.bool)
     torch.testing.assert_close(compiled_model(q, mask), Given()(q, mask))
     assert report.spliced == 0 and "opaque" in report.graphs[0].outcomes[0].what
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9, 9), (9, 9)])
+def test_a_mask_that_hides_nothing_today_is_not_dropped(shape):
+    """The first call shows an open mask; the graph must still obey the next one."""
+
+    class Given(nn.Module):
+        def forward(self, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask.bool())
+
+    compiled_model, report = compiled(Given())
+    q = torch.randn(1, 2, 9, 8)
+    for mask in (torch.ones(shape), torch.ones(shape).tril()):
+        torch.testing.assert_close(compiled_model(q, mask), Given()(q, mask))
+    assert report.spliced == 0
+
+
+def test_positions_of_the_caller_are_not_taken_for_granted():
+    class Positioned(nn.Module):
+        def forward(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            shown = positions[:, None, None, :] <= positions[:, None, :, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=shown)
+
+    compiled_model, report = compiled(Positioned())
+    q = torch.randn(1, 2, 9, 8)
+    for positions in (torch.arange(9)[None], torch.arange(9).flip(0)[None]):
+        torch.testing.assert_close(compiled_model(q, positions), Positioned()(q, positions))
+    assert report.spliced == 0
+
+
+def test_an_approximate_policy_is_carried_out_when_it_is_named():
+    policy = {"rules": [{"use": "sink_window", "options": {"window": 4, "sinks": 1}}]}
+    model = Residual(EinsumAttention())
+    compiled_model, report = compiled(model, policy=policy)
+    x = torch.randn(2, 13, 64)
+    rewritten = rewriter.rewrite(model, policy, (x,), verify="none")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled_model(x), rewritten(x), rtol=1e-5, atol=1e-5)
+        assert float((compiled_model(x) - model(x)).abs().max()) > 1e-3
+    assert report.spliced == 1
+
+
+def test_linear_layers_run_by_the_faster_code():
+    model = Residual(EinsumAttention())
+    compiled_model, report = compiled(model, linears=True)
+    x = torch.randn(2, 19, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled_model(x), model(x), rtol=1e-5, atol=1e-5)
+    assert report.graphs[0].linears == 4
 
 
 def test_autocast_and_no_grad_regions():

@@ -10,7 +10,23 @@ from rewriter.errors import UsageError
 from rewriter.mixers import registry
 from rewriter.mixers.exact.keep import Keep
 
-OWN = {"keep", "sink_window", "hedgehog", "hedgehog_window"}
+OWN = {
+    "keep",
+    "sink_window",
+    "hedgehog",
+    "hedgehog_window",
+    "gla",
+    "retnet",
+    "gated_deltanet",
+    "rwkv7",
+    "mamba2",
+    "hydra",
+    "sigmoid_attention",
+    "duo",
+    "moba",
+    "linear_shortcut",
+    "drop",
+}
 
 
 def point(name: str, value: str) -> EntryPoint:

@@ -11,6 +11,7 @@ from rewriter.api import Inspection
 from rewriter.passes.examples import examples_for
 from rewriter.passes.realise import Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
+from rewriter.passes.verify.cores import check_core
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
 
@@ -130,3 +131,41 @@ def test_state_does_not_grow(smollm2: Any, smollm2_found: Inspection) -> None:
             state = cache.layers[0].state
             sizes.append(sum(t.numel() * t.element_size() for t in state.values()))
     assert sizes[0] == sizes[1]
+
+
+NEW = (
+    "gla",
+    "retnet",
+    "gated_deltanet",
+    "rwkv7",
+    "mamba2",
+    "sigmoid_attention",
+    "duo",
+    "moba",
+    "drop",
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mixer", [*NEW, "linear_shortcut"])
+def test_new_mixers_keep_their_contracts(
+    mixer: str, smollm2: Any, smollm2_found: Inspection
+) -> None:
+    """Core contracts at the real sizes, and decoding behind a prefill with six layers rewritten."""
+    options = {"duo": {"full": (0,), "window": 16, "sinks": 4}}.get(mixer, {})
+    sites = smollm2_found.sites[12:18]
+    targets = [Target(site, mixer, options) for site in sites]
+    student = realise(share_parameters(smollm2), targets, examples_for(smollm2))
+    core = student.get_submodule(f"{sites[0].fqn}.core")
+    results = list(check_core(core, mixer))
+    assert {r.check: r.measured for r in results if r.outcome == "fail"} == {}
+    ids = tokens(smollm2, 1, 60)
+    with torch.no_grad():
+        full = student(ids, use_cache=False).logits
+        out = student(ids[:, :41], use_cache=True)
+        steps = [
+            student(ids[:, n : n + 1], past_key_values=out.past_key_values, use_cache=True).logits
+            for n in range(41, 60)
+        ]
+    difference = (torch.cat(steps, 1) - full[:, 41:]).abs().max()
+    assert float(difference) <= 1e-4 * float(full.abs().max())

@@ -24,6 +24,7 @@ from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM
 from rewriter.kv_cache import in_place
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.base import MixerInfo, MixerOptions, Terms
+from rewriter.mixers.exact import packing
 from rewriter.mixers.exact.keep import Keep, KeepOptions
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +92,9 @@ class Fused(Keep):
         seen: int,
         need_weights: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cu_seqlens = None if torch.compiler.is_compiling() else packing.ends()
+        if cu_seqlens is not None:
+            return self._packed(q, k, v, terms, need_weights, cu_seqlens), None
         out = None
         if not need_weights and not (self.training and self.site.dropout) and v.dtype in _DTYPES:
             out = self._generated(q, k, v, terms, seen)
@@ -139,6 +143,29 @@ class Fused(Keep):
     def _decode(self) -> Decode:
         heads = self.site.heads
         return Decode(heads.key_dim, heads.value_dim, self.site.scale, self.site.softcap)
+
+    def _packed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: Terms,
+        need_weights: bool,
+        cu_seqlens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of a packed row (see `packing`), whose sequences do not see each other."""
+        whole = q.shape[-2] == k.shape[-2] and q.shape[0] == 1
+        plain = all(t is None or r == "none" for t, r in zip(terms, self.site.terms, strict=True))
+        relative = all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms)
+        dropped = self.training and bool(self.site.dropout)
+        if not (whole and plain and relative) or need_weights or dropped or not self._masks_alone():
+            raise packing.CannotPackError
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        kernel = self._kernel(q, k, v, 0, grad)
+        if v.dtype not in _DTYPES or kernel.backend == "reference":
+            raise packing.CannotPackError
+        out: torch.Tensor = kernel.run(q, k, v, cu_seqlens=cu_seqlens)[0]
+        return out
 
     def _kernel(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offset: int, grad: bool

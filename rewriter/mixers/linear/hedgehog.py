@@ -14,12 +14,12 @@ import sympy
 import torch
 from pydantic import Field
 
-from rewriter.ir.mask import Causal, KeyPadding
 from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State, StateSpec
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
 from rewriter.mixers.linear.features import map_pair
+from rewriter.mixers.shared.refusals import sees_everything
 from rewriter.mixers.tokens import Tokens, run
 
 
@@ -98,11 +98,6 @@ def feature_dim(site: AttentionSite, options: MixerOptions) -> int:
 
 def refuse_map(name: str, site: AttentionSite, options: MixerOptions) -> str | None:
     """Why a learned map over all earlier keys cannot serve the site, or None."""
-    if site.has_bias:
-        return f"{name} has no form for an additive bias of the scores (ALiBi or relative)"
-    for atom in site.mask.atoms:
-        if not isinstance(atom, Causal | KeyPadding):
-            return f"{name} would see keys that the model hides from itself ({atom.name} mask)"
     if feature_dim(site, options) > site.heads.key_dim:
         return f"feature_dim is larger than the head's width, {site.heads.key_dim}"
-    return None
+    return sees_everything(name, site)

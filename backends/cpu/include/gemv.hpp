@@ -1,0 +1,143 @@
+// y = W x + b for one row of x or a few, bound by the bandwidth at which W is read: W is read once,
+// in place, in its own dtype, and sums are float. Rows of W follow each other in memory, so one row
+// at a time is one stream.
+#pragma once
+#include "vec.hpp"
+
+namespace gemv {
+
+constexpr int AHEAD = 1024;  // bytes that are asked for before they are needed
+constexpr int TOGETHER = 4;  // rows of x in one pass over W
+
+// x as the dot products read it: for bf16 weights even and odd numbers of a stretch of 2 LANES apart,
+// since a pair of weights is split by a shift and a mask; what is left over stays as it is.
+template <class T> static void prepare(const float* x, float* to, long K) {
+    if constexpr (sizeof(T) == 4) {
+        memcpy(to, x, K * sizeof(float));
+        return;
+    }
+    long k = 0;
+    for (; k + 2 * LANES <= K; k += 2 * LANES)
+        for (int l = 0; l < LANES; ++l) {
+            to[k + l] = x[k + 2 * l];
+            to[k + LANES + l] = x[k + 2 * l + 1];
+        }
+    for (; k < K; ++k) to[k] = x[k];
+}
+
+// Two vectors of weights in the order of `prepare`.
+static ALWAYS_INLINE void pair(const float* w, vf& a, vf& b) {
+    a = load(w);
+    b = load(w + LANES);
+}
+static ALWAYS_INLINE void pair(const bf16* w, vf& a, vf& b) {
+    vu u = (vu)load((const int32_t*)w);
+    a = (vf)(u << 16);
+    b = (vf)(u & 0xffff0000u);
+}
+
+template <class T, int R>
+static ALWAYS_INLINE void dot(const T* w, const float* x, long xs, long K, float* sums) {
+    vf acc[R][4] = {};
+    long k = 0;
+    for (; k + 4 * LANES <= K; k += 4 * LANES) {
+        UNROLL for (int b = 0; b < 4 * LANES * (int)sizeof(T); b += 64)
+            __builtin_prefetch((const char*)(w + k) + AHEAD + b);
+        UNROLL for (int i = 0; i < 2; ++i) {
+            vf a, b;
+            pair(w + k + i * 2 * LANES, a, b);
+            UNROLL for (int r = 0; r < R; ++r) {
+                const float* p = x + r * xs + k + i * 2 * LANES;
+                acc[r][2 * i] += a * load(p);
+                acc[r][2 * i + 1] += b * load(p + LANES);
+            }
+        }
+    }
+    for (; k + 2 * LANES <= K; k += 2 * LANES) {
+        vf a, b;
+        pair(w + k, a, b);
+        UNROLL for (int r = 0; r < R; ++r) {
+            acc[r][0] += a * load(x + r * xs + k);
+            acc[r][1] += b * load(x + r * xs + k + LANES);
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
+        float s = sum_lanes((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
+        for (long j = k; j < K; ++j) s += to_float(w[j]) * x[r * xs + j];
+        sums[r] = s;
+    }
+}
+
+static ALWAYS_INLINE float rounded(float x, bool round) {
+    return round ? to_float(from_float<bf16>(x)) : x;
+}
+
+// Rows [from, to) of W (rows `ws` apart) for R rows of x; y rows are `ys` apart.
+template <class T, int R>
+static void rows(const T* W, long ws, const T* bias, const float* x, long xs, float* y, long ys,
+                 long K, long from, long to, bool round) {
+    for (long n = from; n < to; ++n) {
+        float sums[R];
+        dot<T, R>(W + n * ws, x, xs, K, sums);
+        for (int r = 0; r < R; ++r)
+            y[r * ys + n] = rounded(bias ? sums[r] + to_float(bias[n]) : sums[r], round);
+    }
+}
+
+// Columns [from, to) where W is (K, N): sums stay in y while rows of W pass by, four at a time.
+template <class T>
+static void columns(const T* W, long ws, const T* bias, const float* x, float* y, long K, long from,
+                    long to, bool round) {
+    for (long n = from; n < to; ++n) y[n] = bias ? to_float(bias[n]) : 0.0f;
+    for (long k = 0; k < K; k += 4) {
+        const int many = K - k < 4 ? (int)(K - k) : 4;
+        const T* w = W + k * ws;
+        long n = from;
+        for (; n + LANES <= to; n += LANES) {
+            vf s = load(y + n);
+            for (int i = 0; i < many; ++i) s += x[k + i] * load(w + i * ws + n);
+            store(y + n, s);
+        }
+        for (; n < to; ++n)
+            for (int i = 0; i < many; ++i) y[n] += x[k + i] * to_float(w[i * ws + n]);
+    }
+    if (round)
+        for (long n = from; n < to; ++n) y[n] = rounded(y[n], true);
+}
+
+// All of it. x: (B, K) contiguous; room: B * K floats; `by_row`: W is (N, K), else (K, N).
+template <class T>
+static void linear(const T* W, long ws, bool by_row, const T* bias, const float* x, float* room,
+                   float* y, long ys, long B, long N, long K, bool round, int threads) {
+    if (by_row)
+        for (long b = 0; b < B; ++b) prepare<T>(x + b * K, room + b * K, K);
+    auto part = [&](long from, long to) {
+        if (!by_row) {
+            for (long b = 0; b < B; ++b)
+                columns<T>(W, ws, bias, x + b * K, y + b * ys, K, from, to, round);
+            return;
+        }
+        long b = 0;
+        for (; b + TOGETHER <= B; b += TOGETHER)
+            rows<T, TOGETHER>(W, ws, bias, room + b * K, K, y + b * ys, ys, K, from, to, round);
+        for (; b + 2 <= B; b += 2)
+            rows<T, 2>(W, ws, bias, room + b * K, K, y + b * ys, ys, K, from, to, round);
+        for (; b < B; ++b)
+            rows<T, 1>(W, ws, bias, room + b * K, K, y + b * ys, ys, K, from, to, round);
+    };
+    if (threads <= 1 || N * K < 1 << 14) {
+        part(0, N);
+        return;
+    }
+    const long share = ((N + threads - 1) / threads + 15) / 16 * 16;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (int t = 0; t < threads; ++t) {
+            long from = t * share, to = from + share < N ? from + share : N;
+            if (from < to) part(from, to);
+        }
+    }
+}
+
+}  // namespace gemv

@@ -1,0 +1,256 @@
+"""A model whose calls with one new token run as a compiled step, once that has been checked.
+
+The model's class becomes a dynamic subclass of itself whose `forward` looks at the call: one new
+token per row behind a filled cache, nothing padded, no gradients, nothing about the modules changed
+since the rewrite. Such a call runs as a program; every other one as before. The first calls of each
+kind run both ways, and unless the logits agree the program is never used.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from rewriter.backends.registry import allowed
+from rewriter.mixers.base import Mixer
+from rewriter.mixers.exact.keep import Keep
+from rewriter.passes.capture import Captured
+from rewriter.passes.match import Match
+from rewriter.passes.realise.owner import ReEmitted
+from rewriter.passes.step.guard import Guard
+from rewriter.passes.step.lower import Template, lower
+from rewriter.passes.step.machine import Machine, machine
+
+STATE = "_compiled_step"
+CHECKS = 2  # calls of a kind that run both ways before the program is trusted
+# Largest difference of a logit from the module's, in units of the largest logit (at least 1).
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}
+_SIMPLE = (str, int, float, bool, type(None))
+
+
+class Decoding:
+    """The compiled step of one model."""
+
+    def __init__(self, template: Template | None, guard: Guard | None, reason: str | None = None):
+        self.template, self.guard, self.reason = template, guard, reason
+        self.machines: dict[int, Machine] = {}
+        self.checked: dict[Any, int] = {}
+        self.kinds: dict[Any, type] = {}
+        self.ran = 0  # calls that ran as a program alone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
+        return Decoding(self.template, copy.deepcopy(self.guard, memo), self.reason)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decoding, (None, None, "the model was unpickled, and graphs do not pickle")
+
+    def describe(self) -> str:
+        """One sentence about how single tokens run."""
+        if self.reason is not None:
+            return f"module by module: {self.reason}"
+        done = [n for n in self.checked.values() if n >= CHECKS]
+        if not done:
+            return "as a compiled step, which is checked when the first tokens are decoded"
+        sizes = ", ".join(map(str, sorted(self.machines)))
+        return f"as a compiled step (batch {sizes}), equal to the modules on the first tokens"
+
+    def step(self, model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+        """The output of a call, or None where the modules have to run."""
+        if self.template is None or self.guard is None or torch.is_grad_enabled():
+            return None
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if type(ids) is not torch.Tensor or not isinstance(cache, Cache):
+            return None
+        if ids.dim() != 2 or ids.shape[1] != 1 or isinstance(cache, EncoderDecoderCache):
+            return None
+        if ids.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not cache.layers:
+            return None
+        seen, batch = int(cache.get_seq_length()), int(ids.shape[0])
+        kind = _kind(model, kwargs, seen, batch)
+        if seen == 0 or kind is None or not self.guard.holds():
+            return None
+        if self.guard.moved():
+            self.machines.clear()
+            self.checked.clear()
+        found = self.machines.get(batch) or self._machine(model, batch)
+        if found is None:
+            return None
+        if self.checked.get((batch, kind), 0) < CHECKS:
+            return self._check(model, found, kwargs, seen, (batch, kind))
+        logits = found.run(ids, seen, cache)
+        if logits is None:
+            return None
+        self.ran += 1
+        return self.kinds[batch, kind](**{self.template.output: logits, "past_key_values": cache})
+
+    def _machine(self, model: nn.Module, batch: int) -> Machine | None:
+        assert self.template is not None
+        if not allowed("cpu"):
+            return None
+        program = lower(self.template, model, batch)
+        found = program if isinstance(program, str) else machine(program)
+        if isinstance(found, str):
+            self._give_up(found)
+            return None
+        self.machines[batch] = found
+        return found
+
+    def _check(
+        self, model: nn.Module, found: Machine, kwargs: Mapping[str, Any], seen: int, key: Any
+    ) -> Any:
+        """Run the program beside the modules; the modules' output is what counts."""
+        assert self.template is not None
+        cache = kwargs["past_key_values"]
+        beside = copy.copy(cache)
+        beside.layers = list(cache.layers)
+        for layer in found.python_layers():
+            if layer < len(beside.layers):
+                beside.layers[layer] = copy.deepcopy(beside.layers[layer])
+        logits = found.run(kwargs["input_ids"], seen, beside, advance=False)
+        for slot in found.slots:  # a layer that was put in place beside holds the same tokens
+            index = slot.core.mixer.layer
+            if logits is not None and index is not None:
+                cache.layers[index] = beside.layers[index]
+        output = plain_forward(model)(**kwargs)
+        if logits is None:
+            return output
+        name = self.template.output
+        given = {k for k, v in output.items() if v is not None} if _is_output(output) else set()
+        if given != {name, "past_key_values"} or output["past_key_values"] is not cache:
+            self.checked[key] = -(10**9)  # never, for calls of this kind
+            return output
+        expected = output[name]
+        if expected.shape != logits.shape or expected.dtype not in TOLERANCE:
+            self._give_up("it returns something else than the model")
+            return output
+        worst = float((expected.float() - logits.float()).abs().max())
+        size = max(1.0, float(expected.abs().max()))
+        if not worst <= TOLERANCE[expected.dtype] * size:
+            self._give_up(f"its logits differ from those of the modules by {worst:.2g}")
+            return output
+        self.checked[key] = self.checked.get(key, 0) + 1
+        self.kinds[key] = type(output)
+        return output
+
+    def _give_up(self, reason: str) -> None:
+        self.reason, self.template = reason, None
+        self.machines.clear()
+
+
+def attach(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> None:
+    """Let a rewritten model decode by a compiled step where that is possible.
+
+    Args:
+        model: the result of a rewrite; its class changes to a subclass of itself.
+        captured: the graph of the whole original model.
+        matches: all attention found in it.
+    """
+    reason = _unfit(model, captured, matches)
+    names = [] if captured.out_spec is None else captured.out_spec.context
+    if reason is None and (not isinstance(names, list) or len(names) != 1):
+        reason = "the model returns something else than one named tensor"
+    template = None if reason else Template(captured, tuple(matches), str(names[0]))
+    model.__dict__[STATE] = Decoding(template, Guard.of(model), reason)
+    if template is not None:
+        model.__class__ = subclass_of(type(model))
+
+
+def decoding_of(model: nn.Module) -> str:
+    """How single tokens of a model run: as a compiled step or module by module, and why."""
+    state = model.__dict__.get(STATE)
+    if not isinstance(state, Decoding):
+        return "module by module: no step was prepared for this model"
+    return state.describe()
+
+
+def _unfit(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> str | None:
+    cores = [m for m in model.modules() if isinstance(m, Mixer)]
+    if isinstance(model, ReEmitted):
+        return "the model is one attention block"
+    if all(isinstance(c, Keep) and type(c) is Keep for c in cores):
+        return "nothing was rewritten, so every bit is kept"
+    if not any(c.layer is not None for c in cores):
+        return "the model keeps no cache"
+    if next(model.parameters()).device.type != "cpu":
+        return "the model is not on the CPU"
+    if len({m.site.fqn for m in matches}) != len(cores):
+        return "some of its attention was not rewritten"
+    return None
+
+
+# What a config may ask for, other than by the call.
+_ASKED = ("output_attentions", "output_hidden_states", "use_cache", "return_dict")
+
+
+def _kind(model: nn.Module, kwargs: Mapping[str, Any], seen: int, batch: int) -> Any:
+    """Everything about a call that is not a token, a cache or a trivial mask; None: not trivial."""
+    config = getattr(model, "config", None)
+    rest: list[tuple[str, Any]] = [(f"config {n}", getattr(config, n, None)) for n in _ASKED]
+    for name, value in kwargs.items():
+        if name in ("input_ids", "past_key_values"):
+            continue
+        if isinstance(value, torch.Tensor):
+            if name == "attention_mask":
+                fits = value.shape == (batch, seen + 1) and bool(value.all())
+            elif name in ("position_ids", "cache_position"):
+                fits = value.shape[-1] == 1 and bool((value == seen).all())
+            else:
+                fits = False
+            if not fits:
+                return None
+        elif isinstance(value, _SIMPLE):
+            rest.append((name, value))
+        else:
+            return None
+    return tuple(sorted(rest, key=lambda item: item[0]))
+
+
+def _is_output(output: Any) -> bool:
+    return isinstance(output, Mapping) and hasattr(output, "to_tuple")
+
+
+class Stepping(nn.Module):
+    """Mixin of models with a compiled step."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        base = type(self).__mro__[2]
+        return _rebuild, (base,), self.__dict__
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = subclass_of(base)
+    return cls.__new__(cls)
+
+
+def plain_forward(model: nn.Module) -> Any:
+    """The forward of the model's own class."""
+    base: Any = type(model).__mro__[2]
+    return base.forward.__get__(model)
+
+
+@functools.lru_cache(maxsize=256)
+def subclass_of(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `base` that steps; name, module and signature of `forward` are those of it."""
+    plain = base.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not args and not torch.compiler.is_compiling():
+            found = self.__dict__[STATE].step(self, kwargs)
+            if found is not None:
+                return found
+        return plain(self, *args, **kwargs)
+
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "forward": forward,
+    }
+    return type(base.__name__, (Stepping, base), names)
