@@ -28,6 +28,7 @@ def teacher() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.nightly  # 14 s, most of it tracing
 def test_every_core_comes_nearer_and_decodes(teacher: LlamaForCausalLM) -> None:
     sites = inspect(teacher).sites
     assert [s.hidden_dim for s in sites] == [32, 32]
