@@ -8,11 +8,11 @@ parameters and hooks stay; only `forward` is new.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -114,7 +114,7 @@ def apply(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
         if weight.dim() != 2 or type(owner).forward is FasterLinear.forward:
             raise UsageError(f"'{layer.fqn}' is no linear layer that can be changed")
         owner.__dict__[STATE] = Form(layer.weight, layer.bias, layer.transposed)
-        owner.__class__ = _subclass(type(owner))
+        owner.__class__ = _subclass(cast("Hashable", type(owner)))
 
 
 def results(model: nn.Module, layers: Sequence[LinearLayer]) -> list[ContractResult]:
@@ -153,13 +153,14 @@ class FasterLinear(nn.Module):
 
 
 @lru_cache(maxsize=256)
-def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+def _subclass(kind: Hashable) -> type[nn.Module]:
+    base = cast("type[nn.Module]", kind)
     names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (FasterLinear, base), names)
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _subclass(base)
+    cls = _subclass(cast("Hashable", base))
     return cls.__new__(cls)
 
 

@@ -9,10 +9,10 @@ padded batches. Its outputs at padded positions become 0: nothing may look at th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ def apply(model: nn.Module, layers: Sequence[PackedLayer]) -> None:
         if not isinstance(core, Fused):
             raise UsageError(f"the attention of '{layer.fqn}' is not of the mixer 'fused'")
         owner.__dict__[STATE] = _packing(owner, layer)
-        owner.__class__ = _subclass(type(owner))
+        owner.__class__ = _subclass(cast("Hashable", type(owner)))
 
 
 def _packing(owner: nn.Module, layer: PackedLayer) -> Packing:
@@ -167,7 +167,9 @@ def _planned(
     if isinstance(roles, str):
         return refused(reason=roles)
     module = model.get_submodule(fqn)
-    fingerprint = rewritten.get_submodule(site).core.site.fingerprint
+    core = rewritten.get_submodule(site).core
+    assert isinstance(core, Fused)
+    fingerprint = core.site.fingerprint
     key = (type(module), fingerprint or fqn)
     if key not in read:
         read[key] = mixing(module, first.named)
@@ -326,11 +328,12 @@ def _dotted(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+def _subclass(kind: Hashable) -> type[nn.Module]:
+    base = cast("type[nn.Module]", kind)
     names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (Packed, base), names)
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _subclass(base)
+    cls = _subclass(cast("Hashable", base))
     return cls.__new__(cls)
