@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -234,9 +234,14 @@ def plain_forward(model: nn.Module) -> Any:
     return base.forward.__get__(model)
 
 
-@functools.lru_cache(maxsize=256)
 def subclass_of(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `base` that steps; name, module and signature of `forward` are those of it."""
+    return _subclass_of(cast("Hashable", base))
+
+
+@functools.lru_cache(maxsize=256)
+def _subclass_of(kind: Hashable) -> type[nn.Module]:
+    base = cast("type[nn.Module]", kind)
     plain = base.forward
 
     @functools.wraps(plain)

@@ -252,7 +252,8 @@ def _dropout(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch
 
 
 def _slice(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+    given: tuple[Any, ...] = (*args[1:], *[0, None, None, 1][len(args) - 1 :])
+    dim, start, end, step = given
     return v.sliced(args[0], dim, start, end, step)
 
 
