@@ -30,10 +30,14 @@ _FILLED = frozenset({"full", "scalar_tensor", "full_like", "new_full"})
 
 
 class Constants:
-    """Folds nodes to scalars. `tensors` holds lifted constants and, if known, buffers."""
+    """Folds nodes to scalars. `tensors` holds lifted constants and, if known, buffers.
+
+    Every node is folded once, so the graph must not change while this is in use.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
+        self._known: dict[fx.Node, float | None] = {}
 
     def scalar(self, item: Any) -> float | None:
         """The number that `item` holds in every element, or None if it is not one constant."""
@@ -46,7 +50,9 @@ class Constants:
         if item.op == "placeholder":
             tensor = self._tensors.get(item.name)
             return float(tensor.item()) if tensor is not None and tensor.numel() == 1 else None
-        return self._folded(item)
+        if item not in self._known:
+            self._known[item] = self._folded(item)
+        return self._known[item]
 
     def _folded(self, node: fx.Node) -> float | None:
         name = op(node)

@@ -26,6 +26,7 @@ class Sizes:
                 for size in val.shape:
                     symbols |= symbolic_expression(size).free_symbols
         self.primes: dict[sympy.Symbol, int] = {}
+        self._numbers: dict[sympy.Expr, int] = {}
         prime = _FIRST
         for symbol in sorted(symbols, key=str):
             prime = int(sympy.nextprime(prime))
@@ -35,7 +36,10 @@ class Sizes:
         """Stand-in of one size."""
         if not isinstance(size, torch.SymInt):
             return int(size)
-        return int(symbolic_expression(size).subs(self.primes))
+        expression = symbolic_expression(size)
+        if expression not in self._numbers:
+            self._numbers[expression] = int(expression.subs(self.primes))
+        return self._numbers[expression]
 
     def of(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a tensor node in stand-ins."""
