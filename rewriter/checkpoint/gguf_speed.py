@@ -45,7 +45,7 @@ def quick_reading(opened: dict[Path, Any]) -> Iterator[None]:
 def _quick(reader: Any) -> Any:
     """The reader over a plain array: slices of a memory map are slow objects."""
 
-    class Quick(reader):  # type: ignore[misc]
+    class Quick(reader):
         _plain: np.ndarray[Any, Any] | None = None
 
         def _get(
