@@ -139,7 +139,7 @@ def _complex(p: Any, t: Laid) -> Laid:
     angles = _angles(p, t)
     turn = torch.polar(torch.ones_like(angles), angles)
     x, rest = _parts(p, t)
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2).contiguous())
     out = torch.view_as_real(pairs * _aligned(t, turn)).flatten(-2)
     return _joined(t, out.type_as(x), rest)
 

@@ -45,6 +45,7 @@ _FINITE = frozenset(
         "pad",
         "constant_pad_nd",
         "dropout",
+        "view_as",
         "reshape_as",
         "arange",
         "sin",

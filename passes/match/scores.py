@@ -17,7 +17,7 @@ from rewriter.passes.match.guards import gates, late_changes
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.contract import Contraction, contraction
-from rewriter.passes.normalise.layout import backward
+from rewriter.passes.normalise.layout import backward, regroups
 from rewriter.passes.normalise.noops import cast_dtype, is_cast, is_noop, strip
 from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
 from rewriter.passes.normalise.softmax import Softmax
@@ -256,14 +256,11 @@ def leads_to_product(view: View, node: fx.Node) -> bool:
         seen.add(item)
         if view.is_product(item):
             return True
-        if is_noop(item) or is_cast(item) or op(item) in _PASSABLE:
+        if is_noop(item) or is_cast(item) or regroups(item):
+            stack.append(operand(item))  # the other tensor lends its sizes or dtype
+        elif op(item) in _RULES:
             stack.extend(n for n in item.all_input_nodes if value(n) is not None)
     return False
-
-
-_PASSABLE = frozenset(
-    {*_RULES, "view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze"}
-)
 
 
 def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Scores | Refusal:

@@ -25,7 +25,9 @@ _UNARY: Mapping[str, Callable[[float], float]] = {
     "neg": lambda a: -a,
     "reciprocal": lambda a: 1.0 / a,
 }
-_SHAPE_ONLY = frozenset({"expand", "view", "reshape", "unsqueeze", "squeeze", "expand_as"})
+_SHAPE_ONLY = frozenset(
+    {"expand", "view", "reshape", "unsqueeze", "squeeze", "expand_as", "view_as", "reshape_as"}
+)
 _FILLED = frozenset({"full", "scalar_tensor", "full_like", "new_full"})
 
 

@@ -54,6 +54,14 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(order)
 
 
+def regroups(node: fx.Node) -> bool:
+    """True if the node gives the elements of its first argument, each once, in another layout.
+
+    Further tensors among its arguments (`view_as`, `reshape_as`) lend their sizes alone.
+    """
+    return op(node) in _RESHAPES or op(node) in _INSERTS or permutation(node) is not None
+
+
 def backward(node: fx.Node, labels: Labels, axes: Axes, sizes: Sizes) -> Step | None:
     """Labels of the input of a layout operator, from those of its output; None for other nodes."""
     if is_noop(node):
@@ -82,8 +90,7 @@ def forward(node: fx.Node, labels: Labels, axes: Axes, sizes: Sizes) -> Labels |
     """Labels of the output of a layout operator, from those of its input; None for other nodes."""
     if is_noop(node):
         return labels
-    name = op(node)
-    if name in _RESHAPES or name in _INSERTS:
+    if op(node) in _RESHAPES or op(node) in _INSERTS:
         return axes.regroup(labels, sizes.of(node))
     order = permutation(node)
     return None if order is None else tuple(labels[d] for d in order)

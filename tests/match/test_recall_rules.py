@@ -83,6 +83,43 @@ def relative_to_queries(self, q, k, v):
     return torch.softmax(q @ k.mT / 4 + bias, -1) @ v
 
 
+SEEN = torch.ones(12, 12, dtype=torch.bool).tril()
+
+
+def where_viewed(self, q, k, v):
+    s = q @ k.mT / 4
+    return torch.softmax(torch.where(SEEN, s.view_as(s), -1e9), -1) @ v
+
+
+def where_reshaped(self, q, k, v):
+    s = q @ k.mT / 4
+    return torch.softmax(torch.where(~SEEN, torch.tensor(-1e9), s.reshape_as(s)), -1) @ v
+
+
+def where_flattened(self, q, k, v):
+    s = (q @ k.mT / 4).flatten(0, 1)
+    return torch.softmax(torch.where(SEEN, s, -1e9).unflatten(0, (-1, 4)), -1) @ v
+
+
+def fill_expanded(self, q, k, v):
+    s = q @ k.mT / 4
+    return torch.softmax(s.expand_as(s).masked_fill(~SEEN, -1e9), -1) @ v
+
+
+def mask_like_scores(self, q, k, v):
+    s = q @ k.mT / 4
+    mask = torch.zeros(2, 4, 12, 12).masked_fill(~SEEN, -1e9)
+    return torch.softmax(s.view_as(mask) + mask, -1) @ v
+
+
+@pytest.mark.parametrize(
+    "mix", [where_viewed, where_reshaped, where_flattened, fill_expanded, mask_like_scores]
+)
+def test_a_tensor_that_lends_its_sizes_is_no_data(mix):
+    _, result = look(mix)
+    assert [m.site.mask.describe() for m in result.matches] == ["causal"], result.misses
+
+
 @pytest.mark.parametrize("mix", [sink_behind, sink_before])
 def test_a_learned_sink_is_a_term_and_keep_replays_it(mix):
     captured, result = look(mix)
