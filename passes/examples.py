@@ -217,6 +217,13 @@ def _from_given(model: nn.Module, given: Any) -> Examples:
     return Examples(primary=primary, resized=resized, variants=variants)
 
 
+def calls_of(given: Any) -> tuple[Call, ...]:
+    """One call from a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(given, torch.Tensor):
+        return (Call((given,)),)
+    return (Call((), dict(given)) if isinstance(given, Mapping) else Call(tuple(given)),)
+
+
 def _resize(call: Call) -> Call:
     """One more batch row, and four more tokens where dimension 1 is a token dimension."""
     tensors = [

@@ -14,12 +14,14 @@ from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.ir.site import NearMiss
+from rewriter.mixers.channel.base import Projection
 from rewriter.passes.exact import linears, padding
-from rewriter.passes.examples import examples_for
+from rewriter.passes.examples import calls_of, examples_for
 from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
+from rewriter.passes.realise.channel import example_calls, rewrite_mlps, superseded
 from rewriter.passes.step import attach
-from rewriter.passes.verify import Level, SiteProof, prove_sites
+from rewriter.passes.verify import Level, MlpProof, SiteProof, prove_mlps, prove_sites
 from rewriter.passes.verify import verify as run_contracts
 from rewriter.plan import Plan
 from rewriter.policy import Policy, make_plan
@@ -40,8 +42,9 @@ def rewrite(
     verify: Level = "full",
     length: int | None = None,
     force: bool = False,
+    calibration: Sequence[Any] = (),
 ) -> M:
-    """Replace the attention of a trained model as the policy asks, and prove what can be proved.
+    """Replace attention and MLP blocks of a trained model as the policy asks, and prove it.
 
     Args:
         model: any `nn.Module`; it is not changed. The result shares its parameters.
@@ -52,6 +55,8 @@ def rewrite(
         verify: 'full', 'quick' (no timing, no teacher gap) or 'none'.
         length: tokens at which the rewrite must not be slower than the original.
         force: accept a rewrite that is slower at `length`.
+        calibration: calls of the model (as `example_inputs`) whose activations decide what a
+            channel mixer keeps; the example call by default, whose tokens are random.
 
     Returns:
         A model of the same kind. `report_of(result)` is the report, `plan_of(result)` the plan.
@@ -61,7 +66,7 @@ def rewrite(
         NoSiteError: nothing to rewrite was found, or `on_miss='error'` and something was missed.
         VerificationError: a contract failed; the report is in its `report` attribute.
     """
-    if any(isinstance(m, ReEmitted) for m in model.modules()):
+    if any(isinstance(m, ReEmitted | Projection) for m in model.modules()):
         raise UsageError("the model is rewritten already; rewrite the original model instead")
     clock = _Clock()
     examples = examples_for(model, example_inputs)
@@ -74,28 +79,34 @@ def rewrite(
         caches: Caches = {}
         identity, proofs = prove_sites(model, found.sites, examples, caches)
         plan = _refuse_unproved(plan, proofs)
+        asked = {d.index for d in plan.mlps}
+        mlp_proofs = prove_mlps(model, [m for m in found.mlps if m.index in asked], examples)
+        plan = _refuse_unproved_mlps(plan, mlp_proofs)
         clock.lap("prove")
         targets = targets_of(plan)
-        if not targets:
+        if not targets and all(d.status == "refused" for d in plan.mlps):
             raise NoSiteError(_nothing_left(plan))
         result = realise(share_parameters(model), targets, examples, caches)
-        if isinstance(wanted, Policy) and wanted.packed:
+        given = [call for inputs in calibration for call in calls_of(inputs)]
+        mlps = rewrite_mlps(result, plan.mlps, model, given or example_calls(examples))
+        plan = _beside_mlps(plan.model_copy(update={"mlps": mlps}))
+        if isinstance(wanted, Policy) and wanted.packed and not superseded(plan.mlps):
             plan = plan.model_copy(update={"packed": padding.plan(model, result, examples)})
         linears.apply(result, plan.linears)
         padding.apply(result, plan.packed)
         clock.lap("realise")
         contracts = run_contracts(
             *(model, identity, result, targets, proofs, examples, verify, length, force, caches),
-            plan,
+            *(plan, mlp_proofs),
         )
         for cache in caches.values():
             cache.forget_captures()
         clock.lap("verify")
     _restore_modes(model, result)
-    if found.graph is not None:
+    if found.graph is not None and not superseded(plan.mlps):
         attach(result, found.graph.captured, found.graph.matches)
     plan = plan.carried_out()
-    report = Report(found.sites, found.misses, plan, tuple(contracts), clock.laps)
+    report = Report(found.sites, found.misses, plan, tuple(contracts), clock.laps, found.mlps)
     if report.failures:
         raise _failed(report)
     guard(result, plan)
@@ -155,16 +166,34 @@ def _mind_misses(misses: Sequence[NearMiss], on_miss: OnMiss) -> None:
 def _plan(wanted: Policy | Plan, found: Inspection) -> Plan:
     if isinstance(wanted, Plan):
         wanted.check_against(found.sites)
+        wanted.check_mlps(found.mlps)
         return wanted
-    if not found.sites:
+    if not found.sites and not (found.mlps and any(r.site == "mlp" for r in wanted.rules)):
         why = f"; {found.misses[0].describe()}" if found.misses else ""
         raise NoSiteError(f"no attention was found in the model{why}")
     return _plan_of(wanted, found)
 
 
 def _plan_of(policy: Policy, found: Inspection) -> Plan:
-    plan = make_plan(policy, found.sites, found.misses)
+    plan = make_plan(policy, found.sites, found.misses, found.mlps)
     return plan.model_copy(update={"linears": list(found.linears)})
+
+
+def _beside_mlps(plan: Plan) -> Plan:
+    """The plan without what relies on weights of MLP blocks that structures replace.
+
+    A replaced weight is no linear layer any more, and packed layers were proved with the original.
+    """
+    replaced = superseded(plan.mlps)
+    if not replaced:
+        return plan
+    gone = {"status": "refused", "reason": "structures replace its weights"}
+    layers = [
+        x.model_copy(update=gone) if f"{x.fqn}.{x.weight}" in replaced else x for x in plan.linears
+    ]
+    unproved = {"status": "refused", "reason": "it was proved with the original MLP weights"}
+    packed = [x.model_copy(update=unproved) for x in plan.packed]
+    return plan.model_copy(update={"linears": layers, "packed": packed})
 
 
 def _refuse_unproved(plan: Plan, proofs: Sequence[SiteProof]) -> Plan:
@@ -178,10 +207,22 @@ def _refuse_unproved(plan: Plan, proofs: Sequence[SiteProof]) -> Plan:
     return plan.model_copy(update={"decisions": decisions})
 
 
+def _refuse_unproved_mlps(plan: Plan, proofs: Sequence[MlpProof]) -> Plan:
+    refusals = {p.site.index: p.refusal for p in proofs if p.refusal is not None}
+    mlps = [
+        d.model_copy(update={"status": "refused", "reason": f"not proved: {refusals[d.index]}"})
+        if d.index in refusals and d.status != "refused"
+        else d
+        for d in plan.mlps
+    ]
+    return plan.model_copy(update={"mlps": mlps})
+
+
 def _nothing_left(plan: Plan) -> str:
-    first = next((d for d in plan.decisions if d.reason), None)
+    blocks = [*plan.decisions, *plan.mlps]
+    first = next((d for d in blocks if d.reason), None)
     why = f"; first reason, at '{first.fqn}': {first.reason}" if first else ""
-    return f"none of the {len(plan.decisions)} attention blocks can be rewritten as asked{why}"
+    return f"none of the {len(blocks)} blocks can be rewritten as asked{why}"
 
 
 def _failed(report: Report) -> VerificationError:

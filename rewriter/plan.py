@@ -22,6 +22,7 @@ from rewriter import targets
 from rewriter.atomic import write_file
 from rewriter.documents import Document, explain, parse, read_text
 from rewriter.errors import UsageError
+from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite
 
 PLAN_VERSION = 1
@@ -43,7 +44,7 @@ class Decision(_Strict):
         options: options of the mixer.
         status: planned, refused (then `reason` says why and the site stays untouched), done.
         tier: exact, approximate or distilled.
-        site: the matched facts (`AttentionSite.to_json`), so that a replay can check them.
+        site: the matched facts (`to_json` of the site), so that a replay can check them.
         rule: which rule of the policy decided, for people.
     """
 
@@ -120,6 +121,7 @@ class Plan(_Strict):
         decisions: one per site, in the order the sites run.
         linears: linear layers that run on faster code, and those left alone with the reason.
         packed: layers that leave padding out, and those that do not with the reason.
+        mlps: one per MLP block that a rule of the policy selects; all others stay as they are.
         misses: near misses as text.
         tool: version of this package that wrote it.
     """
@@ -130,6 +132,7 @@ class Plan(_Strict):
     decisions: list[Decision] = Field(default_factory=list)
     linears: list[LinearLayer] = Field(default_factory=list)
     packed: list[PackedLayer] = Field(default_factory=list)
+    mlps: list[Decision] = Field(default_factory=list)
     misses: list[str] = Field(default_factory=list)
 
     def carried_out(self) -> Plan:
@@ -141,7 +144,7 @@ class Plan(_Strict):
                     x if x.status == "refused" else x.model_copy(update=done)
                     for x in getattr(self, name)
                 ]
-                for name in ("decisions", "linears", "packed")
+                for name in ("decisions", "linears", "packed", "mlps")
             }
         )
 
@@ -187,16 +190,17 @@ class Plan(_Strict):
             plan = cls.model_validate(data)
         except ValidationError as error:
             raise explain(error, document, cls) from None
-        known: dict[str, targets.Target | targets.TargetProblem] = {}  # most sites are alike
-        for number, decision in enumerate(plan.decisions):
-            key = json.dumps([decision.target, decision.options], default=str)
-            if key not in known:
-                known[key] = targets.resolve(decision.target, decision.options)
-            problem = known[key]
-            if isinstance(problem, targets.TargetProblem):
-                path = ("target",) if problem.location == ("use",) else problem.location
-                place = document.where(("decisions", number, *path), key=problem.at_key)
-                raise UsageError(f"{place}: {problem.message}")
+        known: dict[str, targets.Found | targets.TargetProblem] = {}  # most sites are alike
+        for name, resolve in (("decisions", targets.resolve), ("mlps", targets.resolve_channel)):
+            for number, decision in enumerate(getattr(plan, name)):
+                key = json.dumps([name, decision.target, decision.options], default=str)
+                if key not in known:
+                    known[key] = resolve(decision.target, decision.options)
+                problem = known[key]
+                if isinstance(problem, targets.TargetProblem):
+                    path = ("target",) if problem.location == ("use",) else problem.location
+                    place = document.where((name, number, *path), key=problem.at_key)
+                    raise UsageError(f"{place}: {problem.message}")
         return plan
 
     def save(self, path: str | Path) -> None:
@@ -212,6 +216,26 @@ class Plan(_Strict):
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file; raises UsageError as `from_json` does."""
         return cls.from_json(read_text(Path(path), "plan"), str(path))
+
+    def check_mlps(self, sites: Sequence[MlpSite]) -> None:
+        """Make sure that the blocks of `mlps` are those of the model.
+
+        Raises:
+            UsageError: a block is missing or differs.
+        """
+        found = {site.index: site for site in sites}
+        for decision in self.mlps:
+            site = found.get(decision.index)
+            if site is None or site.fqn != decision.fqn:
+                raise UsageError(
+                    f"the plan decides MLP block {decision.index} ('{decision.fqn}'), which the "
+                    "model does not have; was it made for another architecture?"
+                )
+            if decision.site and MlpSite.from_json(decision.site).core_hash() != site.core_hash():
+                raise UsageError(
+                    f"MLP block {site.index} ('{site.fqn}') differs from the plan; make a new "
+                    "plan for this model"
+                )
 
     def check_against(self, sites: Sequence[AttentionSite]) -> None:
         """Make sure that the plan speaks about exactly these sites.

@@ -8,11 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rewriter import targets
 from rewriter.documents import Document, Location, did_you_mean, explain, parse, read_text
 from rewriter.errors import NoSiteError, UsageError
+from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite, NearMiss, PositionKind
 from rewriter.plan import Decision, Plan, tool_version
 
@@ -36,8 +45,9 @@ class Rule(_Strict):
     """What some sites become. Every selector that is given has to hold; none selects all sites.
 
     Attributes:
-        use: mixer name; `keep` leaves the attention as it is.
+        use: mixer name; `keep` leaves the site as it is.
         options: options of the mixer.
+        site: what the rule speaks about: 'attention' or 'mlp'. Its mixers are of that kind.
         layers: site numbers in running order: integers (negative from the end), inclusive ranges
             '0-3', Python slices '::4', or 'odd', 'even', 'first', 'last'.
         fqn: glob on the path of the owning module ('*' also crosses dots).
@@ -47,6 +57,7 @@ class Rule(_Strict):
 
     use: str
     options: dict[str, Any] = Field(default_factory=dict)
+    site: Literal["attention", "mlp"] = "attention"
     layers: tuple[LayerSelector, ...] | None = None
     fqn: str | None = None
     kind: Literal["causal", "bidirectional"] | None = None
@@ -66,18 +77,26 @@ class Rule(_Strict):
             _check_selector(selector)
         return value
 
-    def selects(self, site: AttentionSite, count: int) -> bool:
-        """Does this rule speak about `site`, one of `count` sites?"""
+    @model_validator(mode="after")
+    def _check_site(self) -> Rule:
+        if self.site == "mlp" and (self.kind is not None or self.position is not None):
+            raise ValueError("'kind' and 'position' select attention; remove them or 'site: mlp'")
+        return self
+
+    def selects(self, site: AttentionSite | MlpSite, count: int) -> bool:
+        """Does this rule speak about `site`, one of `count` sites of its sort?"""
+        if isinstance(site, MlpSite) != (self.site == "mlp"):
+            return False
         return (
             (self.layers is None or any(site.index in chosen(s, count) for s in self.layers))
             and (self.fqn is None or fnmatch.fnmatchcase(site.fqn, self.fqn))
-            and self.kind in (None, site.kind)
-            and self.position in (None, site.position)
+            and (isinstance(site, MlpSite) or self.kind in (None, site.kind))
+            and (isinstance(site, MlpSite) or self.position in (None, site.position))
         )
 
     def describe(self) -> str:
         """'layers 0, 3 & kind causal', or 'all sites'."""
-        parts = []
+        parts = ["MLP blocks"] if self.site == "mlp" else []
         if self.layers is not None:
             parts.append(f"layers {', '.join(str(s) for s in self.layers)}")
         for name in ("fqn", "kind", "position"):
@@ -162,6 +181,7 @@ def make_plan(
     policy: Policy,
     sites: Sequence[AttentionSite],
     misses: Sequence[NearMiss] = (),
+    mlps: Sequence[MlpSite] = (),
 ) -> Plan:
     """Decide every site. A mixer that cannot serve its site gives a refused decision, not an error.
 
@@ -174,11 +194,12 @@ def make_plan(
     if len(sites) < policy.minimum_sites:
         raise NoSiteError(_too_few(policy, sites, misses))
     for number, rule in enumerate(policy.rules):
-        _check_reach(number, rule, sites)
+        _check_reach(number, rule, mlps if rule.site == "mlp" else sites)
     return Plan(
         policy=policy.name,
         tool=tool_version(),
         decisions=[_decide(policy, resolved, site, len(sites)) for site in sites],
+        mlps=[d for site in mlps if (d := _decide_mlp(policy, resolved, site, len(mlps)))],
         misses=[miss.describe() for miss in misses],
     )
 
@@ -217,14 +238,15 @@ def _check_selector(selector: LayerSelector) -> None:
     chosen(selector, 1)
 
 
-def _check_targets(policy: Policy, document: Document) -> list[targets.Target]:
+def _check_targets(policy: Policy, document: Document) -> list[targets.Found]:
     """The target of each rule, and last that of the default."""
-    wanted: list[tuple[Location, str, Mapping[str, Any]]] = [
-        (("rules", i), rule.use, rule.options) for i, rule in enumerate(policy.rules)
+    wanted: list[tuple[Location, str, Mapping[str, Any], bool]] = [
+        (("rules", i), rule.use, rule.options, rule.site == "mlp" and rule.use != "keep")
+        for i, rule in enumerate(policy.rules)
     ]
     out = []
-    for base, name, options in [*wanted, ((), policy.default, {})]:
-        target = targets.resolve(name, options)
+    for base, name, options, channel in [*wanted, ((), policy.default, {}, False)]:
+        target = (targets.resolve_channel if channel else targets.resolve)(name, options)
         if isinstance(target, targets.TargetProblem):
             location = (*base, *target.location) if base else ("default",)
             place = document.where(location, key=target.at_key and bool(base))
@@ -233,7 +255,7 @@ def _check_targets(policy: Policy, document: Document) -> list[targets.Target]:
     return out
 
 
-def _check_reach(number: int, rule: Rule, sites: Sequence[AttentionSite]) -> None:
+def _check_reach(number: int, rule: Rule, sites: Sequence[AttentionSite | MlpSite]) -> None:
     """A layer or module the model does not have is a mistake, not a rule that matches nothing."""
     where = f"rule {number + 1} of the policy"
     for selector in rule.layers or ():
@@ -241,20 +263,24 @@ def _check_reach(number: int, rule: Rule, sites: Sequence[AttentionSite]) -> Non
         beyond = [i for i in chosen(selector, len(sites)) if not 0 <= i < len(sites)]
         if named and beyond:
             raise UsageError(
-                f"{where} names layer {selector}, but the model has {len(sites)} attention sites "
-                f"(0 to {len(sites) - 1}); change 'layers'"
+                f"{where} names layer {selector}, but the model has {len(sites)} "
+                f"{_noun(rule)} sites (0 to {len(sites) - 1}); change 'layers'"
             )
     if rule.fqn is not None and sites:
         names = [site.fqn for site in sites]
         if not any(fnmatch.fnmatchcase(name, rule.fqn) for name in names):
             raise UsageError(
-                f"{where} selects modules '{rule.fqn}', but no attention site has such a path; "
+                f"{where} selects modules '{rule.fqn}', but no {_noun(rule)} site has such a path; "
                 f"the first one is '{names[0]}'"
             )
 
 
+def _noun(rule: Rule) -> str:
+    return "MLP" if rule.site == "mlp" else "attention"
+
+
 def _decide(
-    policy: Policy, resolved: Sequence[targets.Target], site: AttentionSite, count: int
+    policy: Policy, resolved: Sequence[targets.Found], site: AttentionSite, count: int
 ) -> Decision:
     name, target, text = policy.default, resolved[-1], "default"
     for number, rule in enumerate(policy.rules):
@@ -262,6 +288,7 @@ def _decide(
             name, target = rule.use, resolved[number]
             text = f"rule {number + 1} ({rule.describe()})"
             break
+    assert isinstance(target, targets.Target)
     reason = target.mixer.refuse(site, target.options)
     return Decision(
         fqn=site.fqn,
@@ -272,6 +299,29 @@ def _decide(
         tier=target.mixer.info.tier,
         reason=reason,
         rule=text,
+        site=site.to_json(),
+    )
+
+
+def _decide_mlp(
+    policy: Policy, resolved: Sequence[targets.Found], site: MlpSite, count: int
+) -> Decision | None:
+    """What the first rule for this block says; None leaves it alone."""
+    rules = list(enumerate(policy.rules))
+    number, rule = next(((n, r) for n, r in rules if r.selects(site, count)), (0, None))
+    target = resolved[number]
+    if rule is None or not isinstance(target, targets.ChannelTarget):
+        return None
+    reason = target.mixer.refuse(site, target.options)
+    return Decision(
+        fqn=site.fqn,
+        index=site.index,
+        target=rule.use,
+        options=target.options.model_dump(mode="json"),
+        status="planned" if reason is None else "refused",
+        tier=target.mixer.info.tier,
+        reason=reason,
+        rule=f"rule {number + 1} ({rule.describe()})",
         site=site.to_json(),
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter.ir.contract import ContractResult
+from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite, NearMiss
 from rewriter.plan import Plan
 
@@ -16,6 +17,7 @@ class Report:
 
     Attributes:
         sites: attention blocks that were understood, in the order they run.
+        mlps: MLP blocks that were understood.
         misses: what looked like attention and was refused.
         plan: the decisions that were carried out.
         contracts: outcome of every check (empty when verification was switched off).
@@ -27,6 +29,7 @@ class Report:
     plan: Plan
     contracts: tuple[ContractResult, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    mlps: tuple[MlpSite, ...] = ()
 
     @property
     def failures(self) -> tuple[ContractResult, ...]:
@@ -39,6 +42,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         return {
             "sites": [s.to_json() for s in self.sites],
+            "mlps": [m.to_json() for m in self.mlps],
             "misses": [m.to_json() for m in self.misses],
             "plan": self.plan.model_dump(mode="json"),
             "contracts": [c.to_json() for c in self.contracts],

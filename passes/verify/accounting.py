@@ -11,9 +11,10 @@ from rewriter.ir.contract import ContractResult, judged
 from rewriter.passes.exact.rest import rest
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
+from rewriter.passes.realise.channel import superseded
 from rewriter.passes.realise.owner import emissions_of
 from rewriter.passes.verify.compare import first_tensor, max_difference
-from rewriter.plan import Plan
+from rewriter.plan import Decision, Plan
 
 MARK = "core"
 
@@ -38,13 +39,19 @@ def is_new_key(key: str) -> bool:
     return MARK in key.split(".")[:-1]
 
 
-def check_keys(original: nn.Module, rewritten: nn.Module) -> Iterator[ContractResult]:
-    """Contract 6: the original keys are there, in order; only mixer keys are new; ties hold."""
-    before = list(original.state_dict())
+def check_keys(
+    original: nn.Module, rewritten: nn.Module, mlps: Sequence[Decision] = ()
+) -> Iterator[ContractResult]:
+    """Contract 6: the original keys are there, in order; only mixer keys are new; ties hold.
+
+    Weights that became structures have the keys of these instead.
+    """
+    replaced = superseded(mlps)
+    before = [k for k in original.state_dict() if k not in replaced]
     after = [k for k in rewritten.state_dict() if k in set(before) or not is_new_key(k)]
     outcome = 0 if before == after else 1
     yield judged(6, "original keys unchanged and in order", "model", outcome, 0)
-    ties = _ties(original)
+    ties = [names for names in _ties(original) if not set(names) & set(replaced)]
     broken = [names for names in ties if len({id(_tensor(rewritten, n)) for n in names}) != 1]
     detail = f"{len(ties)} groups of tied parameters"
     yield judged(6, "tied parameters stay tied", "model", len(broken), 0, detail)

@@ -15,7 +15,9 @@ from rewriter.mixers.registry import get
 from rewriter.passes.exact import linears, padding
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target
+from rewriter.passes.realise.channel import superseded
 from rewriter.passes.verify.accounting import check_accounting, check_keys, check_round_trip
+from rewriter.passes.verify.channel import MlpProof, check_mlps
 from rewriter.passes.verify.compare import max_difference
 from rewriter.passes.verify.cores import check_core
 from rewriter.passes.verify.exact import BOUND, check_exact
@@ -40,6 +42,7 @@ def verify(
     forced: bool = False,
     caches: Caches | None = None,
     plan: Plan | None = None,
+    mlp_proofs: Sequence[MlpProof] = (),
 ) -> list[ContractResult]:
     """Run the contracts.
 
@@ -54,6 +57,7 @@ def verify(
         wanted_length, forced: for contract 10, see `check_speed`.
         caches: traces made so far, see `realise`.
         plan: what was done beside attention.
+        mlp_proofs: the proofs of MLP blocks (`prove_mlps`).
     """
     if level == "none":
         return []
@@ -67,13 +71,15 @@ def verify(
     for core, subject in _distinct(rewritten, changed):
         out += check_core(core, subject)
     out += _identity(original, identity, proofs, examples)
-    out += check_keys(original, rewritten)
+    mlps = plan.mlps if plan is not None else ()
+    out += check_keys(original, rewritten, mlps)
     out += check_round_trip(original, rewritten, targets, examples, caches, plan)
     if plan is not None:
         out += linears.results(rewritten, plan.linears)
         out += padding.results(plan.packed, next(original.parameters()).dtype)
     out += check_exact(original, rewritten, exact, examples)
-    if not changed:
+    out += check_mlps(original, rewritten, mlps, mlp_proofs, examples)
+    if not changed and not superseded(mlps):
         packed = plan is not None and any(x.status != "refused" for x in plan.packed)
         out += _lossless(original, rewritten, examples, packed)
     if level == "full":

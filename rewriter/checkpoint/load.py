@@ -57,7 +57,8 @@ def load(
     stored = _stored(files, manifest, wanted, folder)
     new = set(manifest.new_keys)
     model = base if base is not None else _build(folder, config, manifest, wanted)
-    assign(model, {k: v for k, v in stored.items() if k not in new}, manifest.aliases, folder)
+    kept = {k: v for k, v in stored.items() if k not in new}
+    assign(model, {**kept, **_replaced(model, kept, manifest.plan)}, manifest.aliases, folder)
     model = _rewrite(model, manifest.plan, apply_plan, folder)
     assign(model, stored, manifest.aliases, folder)
     if wanted is None:
@@ -174,6 +175,21 @@ def _cast_buffers(model: nn.Module, dtypes: Mapping[str, str]) -> None:
         if isinstance(dtype, torch.dtype) and dtype != buffer.dtype:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = buffer.to(dtype)
+
+
+def _replaced(
+    model: nn.Module, kept: Mapping[str, torch.Tensor], plan: Plan
+) -> dict[str, torch.Tensor]:
+    """Zeros without memory for weights that the plan replaces, which the checkpoint has not."""
+    if not plan.mlps:
+        return {}
+    superseded = importlib.import_module("rewriter.passes.realise.channel").superseded
+    names = set(superseded(plan.mlps)) - set(kept)
+    return {
+        key: torch.zeros((), dtype=value.dtype).expand(value.shape)
+        for key, value in model.state_dict().items()
+        if key in names
+    }
 
 
 def _rewrite(model: nn.Module, plan: Plan, apply_plan: ApplyPlan | None, folder: Path) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Channel mixers: what the projections of an MLP block are rewritten to."""
