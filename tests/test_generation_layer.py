@@ -283,14 +283,21 @@ def test_assisted_decoding_is_refused() -> None:
         )
 
 
+def test_the_state_of_a_decoder_lies_in_its_cache_of_self_attention() -> None:
+    cls, options = MIXERS["hedgehog"]
+    model = with_mixer(llama(), "hedgehog")
+    spec = cls.state_spec(model.model.layers[0].self_attn.core.site, options)
+    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    layer = layer_of(both, 0, spec)
+    assert both.self_attention_cache.layers[0] is layer
+    assert not both.cross_attention_cache.layers
+
+
 def test_caches_that_cannot_hold_a_state_are_refused() -> None:
     cls, options = MIXERS["hedgehog"]
     model = with_mixer(llama(), "hedgehog")
     site = model.model.layers[0].self_attn.core.site
     spec = cls.state_spec(site, options)
-    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    with pytest.raises(UnsupportedError, match="EncoderDecoderCache"):
-        layer_of(both, 0, spec)
     with pytest.raises(UnsupportedError, match="tuple"):
         layer_of(((), ()), 0, spec)
     used = DynamicCache()

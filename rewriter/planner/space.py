@@ -55,13 +55,14 @@ class CandidateCores(nn.Module):
         terms: Terms = (),
         cache: Any = None,
         need_weights: bool = False,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
         if cache is not None:
             raise UsageError("a model under search runs without a cache; pass use_cache=False")
         if self.weights is None:
-            return self.cores[self.pick](q, k, v, terms)[0], None
+            return self.cores[self.pick](q, k, v, terms, hidden=hidden)[0], None
         outputs = [
-            weight * core(q, k, v, terms)[0]
+            weight * core(q, k, v, terms, hidden=hidden)[0]
             for weight, core in zip(self.weights, self.cores, strict=True)
         ]
         return torch.stack(outputs).sum(0).to(v.dtype), None
