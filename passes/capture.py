@@ -227,12 +227,3 @@ def _refusal(module: nn.Module, error: Exception) -> NearMiss:
     text = str(error).strip().splitlines()
     reason = f"the module cannot be traced: {type(error).__name__}: {text[0] if text else ''}"
     return NearMiss("capture", reason, source)
-
-
-def find_softmax_modules(
-    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-) -> tuple[str, ...]:
-    """Innermost modules that run a softmax, found without tracing (see `passes.locate`)."""
-    from rewriter.passes.locate import find_softmax_modules as find
-
-    return find(module, args, kwargs)

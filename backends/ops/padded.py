@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rewriter.backends.ops.block_sparse import block_sparse, block_sparse_backward
+from rewriter.backends.ops.block_sparse import block_sparse, block_sparse_backward, fake_forward
 from rewriter.backends.ops.codec import decode, encode
 from rewriter.backends.ops.mapping import fold_batch
 from rewriter.ir.block_sparse import BlockSparse
@@ -44,10 +44,7 @@ def padded_block_sparse(
     return out.masked_fill(dead[..., None], 0), lse.masked_fill(dead, -torch.inf)
 
 
-@padded_block_sparse.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    B, H, M, _ = q.shape
-    return v.new_empty((B, H, M, v.shape[-1])), v.new_empty((B, H, M), dtype=torch.float32)
+padded_block_sparse.register_fake(fake_forward)
 
 
 @torch.library.custom_op("attention_rewriter::padded_block_sparse_backward", mutates_args=())

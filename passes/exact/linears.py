@@ -8,11 +8,10 @@ parameters and hooks stay; only `forward` is new.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,6 +28,7 @@ from rewriter.passes.normalise.layout import permutation
 from rewriter.passes.normalise.noops import is_noop
 from rewriter.passes.normalise.ops import op, operand
 from rewriter.passes.provenance import call_number, module_path
+from rewriter.passes.realise.subclass import InPlace, become
 from rewriter.passes.verify.compare import max_difference
 from rewriter.plan import LinearLayer
 
@@ -114,7 +114,7 @@ def apply(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
         if weight.dim() != 2 or type(owner).forward is FasterLinear.forward:
             raise UsageError(f"'{layer.fqn}' is no linear layer that can be changed")
         owner.__dict__[STATE] = Form(layer.weight, layer.bias, layer.transposed)
-        owner.__class__ = _subclass(cast("Hashable", type(owner)))
+        become(owner, FasterLinear)
 
 
 def results(model: nn.Module, layers: Sequence[LinearLayer]) -> list[ContractResult]:
@@ -138,7 +138,7 @@ def results(model: nn.Module, layers: Sequence[LinearLayer]) -> list[ContractRes
     ]
 
 
-class FasterLinear(nn.Module):
+class FasterLinear(InPlace):
     """Mixin of all changed layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,21 +147,6 @@ class FasterLinear(nn.Module):
             return super().forward(*args, **kwargs)
         form: Form = self.__dict__[STATE]
         return form.run(self, args[0], linear)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
-
-
-@lru_cache(maxsize=256)
-def _subclass(kind: Hashable) -> type[nn.Module]:
-    base = cast("type[nn.Module]", kind)
-    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (FasterLinear, base), names)
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _subclass(cast("Hashable", base))
-    return cls.__new__(cls)
 
 
 def _form(

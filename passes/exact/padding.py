@@ -9,10 +9,9 @@ padded batches. Its outputs at padded positions become 0: nothing may look at th
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from rewriter.mixers.exact.packing import CannotPackError, packed
 from rewriter.passes.exact.tokenwise import mixing
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise.calls import Observed, Path, Signature, map_leaves, observe, walk
+from rewriter.passes.realise.subclass import InPlace, become
 from rewriter.passes.verify.compare import max_difference
 from rewriter.plan import PackedLayer
 
@@ -45,7 +45,7 @@ class Packing:
     core: str
 
 
-class Packed(nn.Module):
+class Packed(InPlace):
     """Mixin of all packed layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,9 +58,6 @@ class Packed(nn.Module):
             return _run_packed(run, state, args, kwargs, valid)
         except CannotPackError:
             return run(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[2],), self.__dict__
 
 
 def plan(model: nn.Module, rewritten: nn.Module, examples: Examples) -> list[PackedLayer]:
@@ -105,7 +102,7 @@ def apply(model: nn.Module, layers: Sequence[PackedLayer]) -> None:
         if not isinstance(core, Fused):
             raise UsageError(f"the attention of '{layer.fqn}' is not of the mixer 'fused'")
         owner.__dict__[STATE] = _packing(owner, layer)
-        owner.__class__ = _subclass(cast("Hashable", type(owner)))
+        become(owner, Packed)
 
 
 def _packing(owner: nn.Module, layer: PackedLayer) -> Packing:
@@ -325,15 +322,3 @@ def _arguments(
 
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
-
-
-@lru_cache(maxsize=256)
-def _subclass(kind: Hashable) -> type[nn.Module]:
-    base = cast("type[nn.Module]", kind)
-    names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (Packed, base), names)
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _subclass(cast("Hashable", base))
-    return cls.__new__(cls)

@@ -30,6 +30,7 @@ from rewriter.passes.realise.calls import (
 )
 from rewriter.passes.realise.emit import Emission, EmissionError, emit
 from rewriter.passes.realise.sizes import SizeBook
+from rewriter.passes.realise.subclass import InPlace, become
 
 STATE = "_re_emission"
 
@@ -99,7 +100,7 @@ def _owner_state(site: Mapping[str, Any], cache: EmissionCache) -> OwnerState:
     )
 
 
-class ReEmitted(nn.Module):
+class ReEmitted(InPlace):
     """Mixin of all re-emitted owners."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,25 +129,6 @@ class ReEmitted(nn.Module):
         info = getattr(self.core, "info", None)
         exact = info is not None and info.tier == "exact"
         return exact and any(isinstance(x, EncoderDecoderCache) for x in named.values())
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state: OwnerState = self.__dict__[STATE]
-        return _rebuild, (state.cache.base,), self.__dict__
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = subclass_of(base)
-    return cls.__new__(cls)
-
-
-def subclass_of(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `base` that runs emissions; name and module are those of `base`."""
-    names = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (ReEmitted, base), names)
 
 
 def original_view(owner: nn.Module, base: type[nn.Module]) -> nn.Module:
@@ -260,5 +242,5 @@ def make_owner(
     """Turn `owner` in place into its re-emitted form with `core` as a child."""
     base = type(owner)
     owner.__dict__[STATE] = OwnerState(site, Signature(base.forward, method=True), cache)
-    owner.__class__ = subclass_of(base)
+    become(owner, ReEmitted)
     owner.core = core
