@@ -90,6 +90,8 @@ class DistillConfig(_Strict):
         length: tokens a row.
         held_out: fraction of the text, from the end, that is never trained on.
         seed: of the row order and of new low-rank updates.
+        fit: tokens of the text from which new cores set what they can before stage 1 (the gain of
+            a norm, a least-squares map); 0 leaves them as they are.
         dtype: of the forward and backward passes; trained weights are float32 either way. 'auto'
             is bfloat16 where the hardware multiplies it, else float32.
         layers: stage 1, or None to skip it.
@@ -100,6 +102,7 @@ class DistillConfig(_Strict):
     length: int = Field(default=1024, ge=2)
     held_out: float = Field(default=0.1, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
+    fit: int = Field(default=4096, ge=0)
     dtype: Precision = "auto"
     layers: LayerStage | None = None
     logits: LogitStage | None = None

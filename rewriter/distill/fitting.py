@@ -1,14 +1,14 @@
 """The start from data: every new core sets what it can from tokens and the original's outputs.
 
 One forward of the rewritten model. Behind every core a hook computes what the original softmax
-gives for the same queries, keys and values, lets the core fit itself to it, and hands the
-original's output on, so that every layer sees the teacher's own stream.
+gives for the same queries, keys and values, and hands that on, so that every layer sees the
+teacher's own stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from rewriter.distill.copies import rewritten_owners
+from rewriter.distill.data import Rows
+from rewriter.distill.stages import call
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.exact.keep import Keep, KeepOptions
+from rewriter.mixers.tokens import Tokens
+
+Visit = Callable[[str, Mixer, Tokens, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -30,35 +35,90 @@ class Fitted:
     after: float
 
 
-def fit_cores(model: nn.Module, call: Mapping[str, Any]) -> tuple[Fitted, ...]:
-    """Fit all new cores of a rewritten model in place, and say what it gave.
+def fit_cores(model: nn.Module, rows: Rows) -> tuple[Fitted, ...]:
+    """Fit the new cores of a rewritten model in place, and say what it gave.
+
+    Cores that take nothing from data are left out. One that a fit would move away from the
+    original, on these very tokens, stays as it was.
 
     Args:
         model: rewritten, its layers not trained yet.
-        call: arguments of one forward, some thousand tokens of ordinary text; no cache.
+        rows: some thousand tokens of ordinary text.
     """
     report: list[Fitted] = []
-    with ExitStack() as stack, torch.no_grad():
-        for fqn, core in rewritten_owners(model).items():
-            handle = core.register_forward_hook(_hook(fqn, core, report), with_kwargs=True)
-            stack.callback(handle.remove)
-        model(**{**call, "use_cache": False})
+
+    def fit(fqn: str, core: Mixer, x: Tokens, out: Tensor, target: Tensor) -> None:
+        before, start = _gap(out, target, x.valid), _values(core)
+        core.fit(x, target)
+        after = _gap(core.mix(x)[0], target, x.valid)
+        if not after <= before:
+            core.load_state_dict(start)
+            after = before
+        report.append(Fitted(fqn, core.info.name, before, after))
+
+    if any(takes_data(core) for core in rewritten_owners(model).values()):
+        _visit(model, rows, fit, takes_data)
     return tuple(report)
 
 
-def _hook(fqn: str, core: Mixer, report: list[Fitted]) -> Any:
-    original = Keep(core.site, KeepOptions()).eval()
+def core_gaps(model: nn.Module, rows: Rows) -> dict[str, float]:
+    """|core - original| / |original| of every new core, by path, each on the original's stream."""
+    gaps: dict[str, float] = {}
 
-    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        q, k, v, terms = args
-        target = original(q, k, v, terms)[0]
-        x = core.tokens(q, k, v, terms, kwargs.get("hidden"))
-        before = _gap(output[0], target, x.valid)
-        core.fit(x, target)
-        report.append(Fitted(fqn, core.info.name, before, _gap(core.mix(x)[0], target, x.valid)))
-        return target, None
+    def measure(fqn: str, core: Mixer, x: Tokens, out: Tensor, target: Tensor) -> None:
+        gaps[fqn] = _gap(out, target, x.valid)
 
-    return hook
+    _visit(model, rows, measure)
+    return gaps
+
+
+def takes_data(core: Mixer) -> bool:
+    """Whether a core has anything to set from data."""
+    return type(core).fit is not Mixer.fit
+
+
+def _visit(
+    model: nn.Module, rows: Rows, visit: Visit, wanted: Callable[[Mixer], bool] = lambda core: True
+) -> None:
+    """One forward; `visit` gets path, core, tokens, the core's output and the original's."""
+
+    def hook_of(fqn: str, core: Mixer) -> Any:
+        original = Keep(core.site, KeepOptions()).eval()
+
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            q, k, v, terms = args
+            target = original(q, k, v, terms)[0]
+            if wanted(core):
+                x = core.tokens(q, k, v, terms, kwargs.get("hidden"))
+                visit(fqn, core, x, output[0], target)
+            return target, None
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_uncached(model))
+        for fqn, core in rewritten_owners(model).items():
+            handle = core.register_forward_hook(hook_of(fqn, core), with_kwargs=True)
+            stack.callback(handle.remove)
+        call(model, rows)
+
+
+@contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    """No cache is made inside the context, where the model's config decides that."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "use_cache"):
+        yield
+        return
+    before, config.use_cache = config.use_cache, False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+def _values(core: Mixer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in core.state_dict().items()}
 
 
 def _gap(out: Tensor, target: Tensor, valid: Tensor | None) -> float:

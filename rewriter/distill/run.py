@@ -12,6 +12,7 @@ from torch import nn
 from rewriter.distill.config import Budget, DistillConfig
 from rewriter.distill.copies import rewritten_owners
 from rewriter.distill.data import Rows
+from rewriter.distill.fitting import fit_cores
 from rewriter.distill.precision import compute_dtype
 from rewriter.distill.progress import Reporter, Silent, duration
 from rewriter.distill.resume import Snapshot, latest, save
@@ -44,7 +45,8 @@ def distill(
 ) -> DistillResult:
     """Train the new parts of a student to imitate its teacher.
 
-    The teacher is never changed. The student is changed only at the end of each stage: its
+    New cores first set what they can from the first rows (`config.fit`), unless stage 1 is left
+    out. The teacher is never changed. The student is changed only at the end of each stage: its
     `core.*` parameters in place, any other trained parameter by a new one, so that what it shares
     with the teacher stays as it was. Both stay on the CPU or device they are on.
 
@@ -74,6 +76,8 @@ def distill(
     def keep(snapshot: Snapshot) -> object:
         return None if where is None else save(where, snapshot)
 
+    if found is None and config.layers is not None and config.fit > 0:
+        _fit(student, rows, config, report)
     results: list[StageResult] = []
     with torch.random.fork_rng(devices=[]):
         for number, name in enumerate(STAGE_ORDER):
@@ -107,6 +111,21 @@ def distill(
             )
             del stage, values
     return DistillResult(tuple(results))
+
+
+def _fit(student: nn.Module, rows: Rows, config: DistillConfig, report: Reporter) -> None:
+    """The start from data, on the first rows."""
+    count = max(1, config.fit // rows.ids.shape[1])
+    fitted = fit_cores(student, rows.take(torch.arange(min(count, len(rows)))))
+    if fitted:
+        before, after = (
+            sum(values) / len(fitted)
+            for values in ([f.before for f in fitted], [f.after for f in fitted])
+        )
+        report.message(
+            f"{len(fitted)} cores fitted to the original's outputs: "
+            f"mean distance {before:.3f} -> {after:.3f}"
+        )
 
 
 def run_digest(teacher: nn.Module, student: nn.Module, rows: Rows, config: DistillConfig) -> str:
