@@ -14,6 +14,7 @@ from rewriter.backends.calls import declines, text_of
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.decode import Decode
 from rewriter.ir.kernels import JointWindowLinear, KernelSpec, WindowAttention
+from rewriter.ir.long_conv import LongConv
 from rewriter.ir.recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def kernel(backend: str, spec: KernelSpec) -> Callable[..., Any]:
         return partial(calls.decode, backend, spec, text_of(spec))
     if isinstance(spec, WindowAttention):
         return partial(lowering.window, backend, spec)
+    assert isinstance(spec, JointWindowLinear)
     return partial(lowering.joint, backend, spec)
 
 
@@ -44,6 +46,8 @@ def refusal(backend: str, spec: KernelSpec, dtype: torch.dtype, needs_grad: bool
         return declines(backend, "block_sparse", spec, dtype, needs_grad)
     if isinstance(spec, Decode):
         return declines(backend, "decode", spec, dtype, needs_grad)
+    if isinstance(spec, LongConv):
+        return "long convolutions have no generated kernel"
     # Windows say no head width: the call knows it, and falls back where it does not fit.
     if isinstance(spec, WindowAttention):
         form = lowering.lowered(spec, _WIDTH, _WIDTH)

@@ -37,6 +37,8 @@ def lowered(spec: WindowAttention, key_dim: int, value_dim: int) -> BlockSparse 
     """The block-sparse form of a window over a sequence that starts here, or why there is none."""
     if spec.hidden:
         return "a window with a branch switched off has no block-sparse form"
+    if spec.mean:
+        return "a window with a mean of the other keys has no block-sparse form"
     seen = _within(spec.window, spec.causal)
     if spec.sinks:
         seen = sympy.Or(seen, sympy.Lt(J, spec.sinks))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rewriter.backends.reference.block_sparse import block_sparse
 from rewriter.backends.reference.decode import decode
 from rewriter.backends.reference.joint import joint_window_linear
+from rewriter.backends.reference.long_conv import long_conv
 from rewriter.backends.reference.recurrence.kernel import recurrence
 from rewriter.backends.reference.window import window_attention
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.decode import Decode
 from rewriter.ir.kernels import WindowAttention
+from rewriter.ir.long_conv import LongConv
 from rewriter.ir.recurrence import Recurrence
 
 if TYPE_CHECKING:
@@ -39,4 +41,6 @@ class ReferenceBackend:
             return partial(block_sparse, spec)
         if isinstance(spec, Decode):
             return partial(decode, spec)
+        if isinstance(spec, LongConv):
+            return partial(long_conv, spec)
         return partial(joint_window_linear, spec)

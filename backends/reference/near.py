@@ -41,7 +41,7 @@ class Near:
 
     Attributes:
         numerator: (B, H, n, Dv), sum of exp(logit - top) v, float32.
-        denominator: (B, H, n, 1), sum of exp(logit - top), float32.
+        denominator, top: (B, H, n, 1), sum of exp(logit - top), and top, float32.
         context: keys and values it was computed from.
 
     `top` is the largest near logit of a query, 0 where it sees no near key.
@@ -49,6 +49,7 @@ class Near:
 
     numerator: torch.Tensor
     denominator: torch.Tensor
+    top: torch.Tensor
     context: Context
 
 
@@ -142,7 +143,7 @@ def attend(
         return x.reshape(B, H, nb * C, width)[:, :, :n]
 
     context = Context(keys, values, key_valid, sinks)
-    return Near(heads(numerator, Dv), heads(denominator, 1), context)
+    return Near(heads(numerator, Dv), heads(denominator, 1), heads(top, 1), context)
 
 
 def next_state(spec: WindowAttention, near: Context, state: State, n: int) -> State:

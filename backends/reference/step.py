@@ -46,7 +46,7 @@ class Step:
 
 def serves(spec: WindowAttention, n: int, bias: torch.Tensor | None, state: State | None) -> bool:
     """Whether `attend_one` covers the call: a plain decode step."""
-    plain = spec.causal and spec.limit is None and not spec.hidden
+    plain = spec.causal and spec.limit is None and not spec.hidden and not spec.mean
     return n == 1 and plain and bias is None and state is not None
 
 

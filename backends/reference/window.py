@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rewriter.backends.reference.mean import with_mean
 from rewriter.backends.reference.near import attend, next_state
 from rewriter.backends.reference.precision import full_precision
 from rewriter.backends.reference.step import attend_one, serves
@@ -42,7 +43,10 @@ def window_attention(
         return out.to(v.dtype), next_state(spec, step.context, state, n)
     with full_precision(q.device):
         near = attend(spec, q, k, v, valid=valid, bias=bias, state=state)
+        rest: State = {}
+        if spec.mean:
+            near, rest = with_mean(spec, q, near, state)
         mass = near.denominator
         out = near.numerator / torch.where(mass > 0, mass, 1.0)
-    after = None if state is None else next_state(spec, near.context, state, n)
+    after = None if state is None else {**next_state(spec, near.context, state, n), **rest}
     return out.to(v.dtype), after

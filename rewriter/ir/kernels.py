@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.decode import Decode
+from rewriter.ir.long_conv import LongConv
 from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.state import BATCH, KEY_DIM, KV_HEADS, VALUE_DIM, StateSpec, StateTensor
 
@@ -25,6 +26,11 @@ class WindowAttention:
     `limit`, when given, is an outer window that also hides sinks (i - j < limit, or
     |i - j| < limit): the window the original model already had. `hidden` switches parts off for
     branch ablation, 'window' or 'sinks'; the state keeps its shape.
+
+    `mean`, causal and without softcap, limit or hidden parts: all valid keys j <= i - window that
+    are no sinks, if there are any, together are one more key and value, their means, whose score
+    gains the logarithm of their number. That is what softmax gives if each of them is replaced by
+    the mean.
     """
 
     window: int
@@ -34,6 +40,12 @@ class WindowAttention:
     softcap: float | None = None
     limit: int | None = None
     hidden: frozenset[str] = frozenset()
+    mean: bool = False
+
+    def __post_init__(self) -> None:
+        plain = self.causal and self.softcap is None and self.limit is None and not self.hidden
+        if self.mean and not plain:
+            raise ValueError("the mean of the rest goes with a plain causal window alone")
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class JointWindowLinear:
     hidden: frozenset[str] = frozenset()
 
 
-KernelSpec = WindowAttention | Recurrence | JointWindowLinear | BlockSparse | Decode
+KernelSpec = WindowAttention | Recurrence | JointWindowLinear | BlockSparse | Decode | LongConv
 
 
 def state_of(spec: KernelSpec) -> StateSpec:
@@ -63,12 +75,13 @@ def state_of(spec: KernelSpec) -> StateSpec:
 
     Near keys: `sink_k/v` with their absolute positions `sink_at` (-1 is an empty slot), the last
     window - 1 keys `ring_k/v` in order of age with `ring_valid`, and the number of tokens `seen`.
+    With a mean: `rest_k/v`, float32 sums of the keys and values behind it, and `rest` their number.
     Far keys: `far`, float32 sums of f(k) [v, 1]^T; its last column is the normaliser.
     `BlockSparse` and `Decode` carry none: their keys are handed in.
     """
     if isinstance(spec, BlockSparse | Decode):
         return StateSpec(())
-    if isinstance(spec, Recurrence):
+    if isinstance(spec, Recurrence | LongConv):
         return spec.state_spec()
     slots, ring = spec.sinks, spec.window - 1
     near = (
@@ -81,6 +94,11 @@ def state_of(spec: KernelSpec) -> StateSpec:
         StateTensor("seen", (BATCH,), "int64"),
     )
     if isinstance(spec, WindowAttention):
-        return StateSpec(near)
+        rest = (
+            StateTensor("rest_k", (BATCH, KV_HEADS, KEY_DIM), "float32"),
+            StateTensor("rest_v", (BATCH, KV_HEADS, VALUE_DIM), "float32"),
+            StateTensor("rest", (BATCH,), "int64"),
+        )
+        return StateSpec((*near, *rest) if spec.mean else near)
     far = StateTensor("far", (BATCH, KV_HEADS, spec.features, VALUE_DIM + 1), "float32")
     return StateSpec((*near, far))

@@ -53,6 +53,14 @@ class Tokens:
         assert self.hidden is not None
         return self.hidden
 
+    def shown(self, out: Tensor) -> Tensor:
+        """(B, H, n, D) with 0 at padding."""
+        return out if self.valid is None else out * self.valid[:, None, :, None]
+
+    def own_values(self) -> Tensor:
+        """(B, H, n, Dv) float32: what each query head finds in its own token."""
+        return self.v.float().repeat_interleave(self.q.shape[1] // self.v.shape[1], 1)
+
     def cut(self, start: int, stop: int) -> Tokens:
         """Tokens start … stop - 1; the bias keeps the keys before them, the state is dropped."""
         return replace(

@@ -1,4 +1,4 @@
-"""sigmoid_attention, duo, linear_shortcut and drop: oracles, limits, contracts."""
+"""sigmoid_attention, duo, razor, linear_shortcut and drop: oracles, limits, contracts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mixer_sites import BOTH_WAYS, CAUSAL, bool_mask, make_site
 from torch import Tensor
 from transformers import DynamicCache
 
+from rewriter.ir.kernels import WindowAttention
 from rewriter.ir.mask import Causal, Mask, Window
 from rewriter.ir.site import Scale, Softcap
 from rewriter.mixers.base import Mixer
@@ -22,6 +23,7 @@ SITE = make_site(heads=(4, 2, 16), hidden_dim=24)
 KINDS: dict[str, dict[str, Any]] = {
     "sigmoid_attention": {},
     "duo": {"full": (1,), "window": 6, "sinks": 2},
+    "razor": {"full": (1,), "window": 6, "sinks": 2},
     "moba": {"block": 8, "blocks": 2},
     "linear_shortcut": {},
     "drop": {},
@@ -118,6 +120,43 @@ def test_duo_is_softmax_with_a_mask_per_head(full: tuple[int, ...]) -> None:
     theirs = torch.autograd.grad((wanted * probe).sum(), leaves)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("full", "window", "sinks"), [((1,), 6, 2), ((), 9, 0), ((), 50, 4)])
+def test_razor_puts_the_mean_in_the_place_of_each_hidden_key(
+    full: tuple[int, ...], window: int, sinks: int
+) -> None:
+    """Full softmax in float64, every key before the window replaced by the mean of all such."""
+    x = sample(SITE, 50)
+    leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
+    got = build("razor", full=full, window=window, sinks=sinks).mix(Tokens(*leaves))[0]
+    q, k, v = (t.double() for t in leaves)
+    rows = []
+    for h in range(4):
+        for i in range(50):
+            keys, values = k[:, h // 2, : i + 1].clone(), v[:, h // 2, : i + 1].clone()
+            if h // 2 not in full and i - window >= sinks:
+                gone = slice(sinks, i - window + 1)
+                keys[:, gone] = keys[:, gone].mean(1, keepdim=True)
+                values[:, gone] = values[:, gone].mean(1, keepdim=True)
+            weight = (keys @ q[:, h, i, :, None] * SITE.scale).softmax(1)
+            rows.append((weight * values).sum(1))
+    wanted = torch.stack(rows, 1).unflatten(1, (4, 50))
+    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+    probe = torch.randn(got.shape)
+    mine = torch.autograd.grad((got * probe).sum(), leaves, retain_graph=True)
+    theirs = torch.autograd.grad((wanted * probe).sum(), leaves)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_razor_without_retrieval_heads_is_bounded() -> None:
+    mixer = build("razor", full=())
+    spec = mixer.state_spec(SITE, mixer.options)
+    assert spec.bounded
+    assert {"rest_k", "rest_v", "rest"} < {t.name for t in spec.tensors}
+    with pytest.raises(ValueError, match="plain causal window"):
+        WindowAttention(4, 1, True, 1.0, softcap=3.0, mean=True)
 
 
 @pytest.mark.parametrize(("block", "top", "n"), [(8, 2, 50), (4, 3, 33), (16, 1, 40), (8, 9, 40)])

@@ -139,8 +139,10 @@ NEW = (
     "gated_deltanet",
     "rwkv7",
     "mamba2",
+    "s4d",
     "sigmoid_attention",
     "duo",
+    "razor",
     "moba",
     "drop",
 )
@@ -152,7 +154,10 @@ def test_new_mixers_keep_their_contracts(
     mixer: str, smollm2: Any, smollm2_found: Inspection
 ) -> None:
     """Core contracts at the real sizes, and decoding behind a prefill with six layers rewritten."""
-    options = {"duo": {"full": (0,), "window": 16, "sinks": 4}}.get(mixer, {})
+    options = {
+        "duo": {"full": (0,), "window": 16, "sinks": 4},
+        "razor": {"full": (0,), "window": 16, "sinks": 4},
+    }.get(mixer, {})
     sites = smollm2_found.sites[12:18]
     targets = [Target(site, mixer, options) for site in sites]
     student = realise(share_parameters(smollm2), targets, examples_for(smollm2))
@@ -169,3 +174,33 @@ def test_new_mixers_keep_their_contracts(
         ]
     difference = (torch.cat(steps, 1) - full[:, 41:]).abs().max()
     assert float(difference) <= 1e-4 * float(full.abs().max())
+
+
+BIDIRECTIONAL = ("hydra", "s4d", "sigmoid_attention", "hedgehog", "linear_shortcut", "drop")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mixer", BIDIRECTIONAL)
+def test_bidirectional_mixers_keep_their_contracts(
+    mixer: str, minilm: Any, minilm_found: Inspection
+) -> None:
+    """Core contracts at the real sizes; padded rows give what they give alone, on either side."""
+    student = apply(minilm, minilm_found, mixer, {})
+    core = student.get_submodule(f"{minilm_found.sites[2].fqn}.core")
+    results = list(check_core(core, mixer))
+    assert {r.check: r.measured for r in results if r.outcome == "fail"} == {}
+    ids = tokens(minilm, 1, 30)
+    with torch.no_grad():
+        alone = student(input_ids=ids)[0]
+        other = tokens(minilm, 1, 41)
+        for left in (0, 11):
+            padded = torch.nn.functional.pad(ids, (left, 11 - left))
+            mask = torch.nn.functional.pad(torch.ones_like(ids), (left, 11 - left))
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            both = student(
+                input_ids=torch.cat((padded, other)),
+                attention_mask=torch.cat((mask, torch.ones_like(other))),
+                position_ids=torch.cat((positions, torch.arange(41)[None])),
+            )[0]
+            difference = (both[:1, left : left + 30] - alone).abs().max()
+            assert float(difference) <= 1e-4 * float(alone.abs().max())

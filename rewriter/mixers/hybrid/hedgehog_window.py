@@ -18,19 +18,18 @@ proportional to the far mass, so give c_h a larger learning rate or a higher sta
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import sympy
 import torch
 from pydantic import Field
 from torch import nn
 
-from rewriter.ir.kernels import JointWindowLinear, state_of
+from rewriter.ir.kernels import JointWindowLinear
 from rewriter.ir.site import AttentionSite
-from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State, StateSpec
-from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
+from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State
+from rewriter.mixers.base import MixerInfo, MixerOptions
 from rewriter.mixers.linear.features import map_pair
 from rewriter.mixers.linear.hedgehog import feature_dim, refuse_map
+from rewriter.mixers.shared.window import Windowed
 from rewriter.mixers.tokens import Tokens, run
 
 
@@ -47,7 +46,7 @@ class HedgehogWindowOptions(MixerOptions):
     initial_log_ratio: float = Field(default=-6.0, ge=-30.0, le=10.0)
 
 
-class HedgehogWindow(Mixer):
+class HedgehogWindow(Windowed):
     info = MixerInfo(
         name="hedgehog_window",
         family="hybrid",
@@ -63,7 +62,6 @@ class HedgehogWindow(Mixer):
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
         assert isinstance(options, HedgehogWindowOptions)
-        self.spec = self.kernel_spec(site, options)
         self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
         start = torch.full((site.heads.query,), options.initial_log_ratio)
         self.log_ratio = nn.Parameter(start)
@@ -71,10 +69,6 @@ class HedgehogWindow(Mixer):
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
         return super().refuse(site, options) or refuse_map(cls.info.name, site, options)
-
-    @classmethod
-    def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
-        return options.model_copy(update={"window": tokens})
 
     @classmethod
     def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> JointWindowLinear:
@@ -88,10 +82,6 @@ class HedgehogWindow(Mixer):
         )
 
     @classmethod
-    def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
-        return state_of(cls.kernel_spec(site, options))
-
-    @classmethod
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         assert isinstance(options, HedgehogWindowOptions)
         width = feature_dim(site, options)
@@ -100,14 +90,9 @@ class HedgehogWindow(Mixer):
         maps = 2 * BATCH * (HEADS + KV_HEADS) * TOKENS * KEY_DIM * width
         return near + maps + 4 * BATCH * HEADS * TOKENS * 2 * width * (VALUE_DIM + 1)
 
-    def test_length(self) -> int:
-        assert isinstance(self.options, HedgehogWindowOptions)
-        return self.options.window + self.options.sinks + 16
-
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
-        spec = replace(self.spec, hidden=self.disabled) if self.disabled else self.spec
         ratio = self.log_ratio.float().exp()
-        return run(spec, x, x.q, x.k, x.v, self.map_q(x.q), self.map_k, ratio)
+        return run(self.active(), x, x.q, x.k, x.v, self.map_q(x.q), self.map_k, ratio)
 
     def weights(
         self, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None = None

@@ -102,8 +102,6 @@ class Rwkv7(GatedRecurrence):
         read, after = run(self.spec, y, decay=decay, erase=-removed, add=removed * rate)
         direct = y.q.float() * self.bonus.float()[:, None] * k.repeat_interleave(group, 1)
         direct = self.site.scale * direct.sum(-1, keepdim=True)
-        out = self.norm(read) + direct * y.v.float().repeat_interleave(group, 1)
-        if x.valid is not None:
-            out = out * x.valid[:, None, :, None]
+        out = x.shown(self.norm(read) + direct * y.own_values())
         out = (out * per_head(self.open(for_g), self.site.heads.query)).to(x.v.dtype)
         return out, None if after is None else {**after, "stream": stream, "rows": rows}

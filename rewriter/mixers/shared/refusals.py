@@ -17,3 +17,11 @@ def sees_everything(name: str, site: AttentionSite) -> str | None:
         if not isinstance(atom, Causal | KeyPadding):
             return f"{name} would see keys that the model hides from itself ({atom.name} mask)"
     return None
+
+
+def plain_scores(name: str, site: AttentionSite) -> str | None:
+    """As `sees_everything`, for a mixer that reads the scores themselves and cannot cap them."""
+    reason = sees_everything(name, site)
+    if reason is None and site.softcap is not None:
+        return f"{name} has no form for a softcap of the scores"
+    return reason

@@ -56,9 +56,7 @@ class LinearShortcut(Mixer):
 
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         out = per_head(self.map(x.stream), self.site.heads.query).to(x.v.dtype)
-        if x.valid is not None:
-            out = out * x.valid[:, None, :, None]
-        return out, counted(x)
+        return x.shown(out), counted(x)
 
     def fit(self, x: Tokens, target: torch.Tensor) -> None:
         """Least squares over the valid tokens of x."""

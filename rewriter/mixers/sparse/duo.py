@@ -1,4 +1,4 @@
-"""duo: some key/value heads keep all keys, the others sinks and a window (catalogue duo, razor).
+"""duo: some key/value heads keep all keys, the others sinks and a window (catalogue duo).
 
 A few heads of a model do the retrieving; they attend to anything, the rest look at the last tokens
 and the first. `full` names the key/value heads that keep the original softmax; every other head
@@ -28,9 +28,10 @@ from rewriter.ir.state import (
     StateSpec,
     StateTensor,
 )
-from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
+from rewriter.mixers.base import MixerInfo, MixerOptions
 from rewriter.mixers.shared.keys import all_keys, key_state, with_score_terms
-from rewriter.mixers.shared.refusals import sees_everything
+from rewriter.mixers.shared.refusals import plain_scores
+from rewriter.mixers.shared.window import Windowed
 from rewriter.mixers.tokens import Tokens, attend, run
 
 
@@ -42,14 +43,14 @@ class DuoOptions(MixerOptions):
     sinks: int = Field(default=64, ge=1)
 
 
-class Duo(Mixer):
+class Duo(Windowed):
     info = MixerInfo(
         name="duo",
         family="sparse",
         tier="approximate",
         summary="full softmax in chosen key/value heads, window and sinks in the others",
         maths="head in full: softmax over j <= i; else over i - j < window or j < sinks",
-        source="duo (DuoAttention), razor (RazorAttention) without its compensation key",
+        source="duo (DuoAttention)",
         directions=frozenset({"causal"}),
     )
     Options = DuoOptions
@@ -59,7 +60,6 @@ class Duo(Mixer):
         assert isinstance(options, DuoOptions)
         self.full = sorted(set(options.full))
         self.near = [h for h in range(site.heads.key_value) if h not in self.full]
-        self.window = self.kernel_spec(site, options)
 
     @classmethod
     def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> WindowAttention:
@@ -70,18 +70,13 @@ class Duo(Mixer):
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
         assert isinstance(options, DuoOptions)
-        reason = super().refuse(site, options) or sees_everything(cls.info.name, site)
+        reason = super().refuse(site, options) or plain_scores(cls.info.name, site)
         if reason is not None:
             return reason
         if any(not 0 <= head < site.heads.key_value for head in options.full):
-            return f"duo: 'full' names heads beyond the {site.heads.key_value} key/value heads"
-        if site.softcap is not None:
-            return "duo has no form for a softcap of the scores"
+            count = site.heads.key_value
+            return f"{cls.info.name}: 'full' names heads beyond the {count} key/value heads"
         return None
-
-    @classmethod
-    def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
-        return options.model_copy(update={"window": tokens})
 
     @classmethod
     def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
@@ -101,14 +96,11 @@ class Duo(Mixer):
         keys = share * TOKENS / 2 + (1 - share) * near
         return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
 
-    def test_length(self) -> int:
-        return self.window.window + self.window.sinks + 16
-
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         out = x.v.new_zeros(*x.q.shape[:3], x.v.shape[-1])
         state: State = {}
         if self.near:
-            part, after = run(self.window, self._heads(x, self.near))
+            part, after = run(self.spec, self._heads(x, self.near))
             out = out.index_copy(1, self._queries(self.near, x), part)
             state |= after or {}
         if self.full:
@@ -130,7 +122,7 @@ class Duo(Mixer):
             offset=keys.seen,
         )
         out = attend(spec, q, k, keys.v)[0]
-        return out if x.valid is None else out * x.valid[:, None, :, None], keys.state
+        return x.shown(out), keys.state
 
     def _queries(self, heads: list[int], x: Tokens) -> torch.Tensor:
         """Query heads that read these key/value heads."""

@@ -24,7 +24,7 @@ from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State, StateSpec
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
 from rewriter.mixers.shared.keys import Keys, all_keys, key_state, with_score_terms
-from rewriter.mixers.shared.refusals import sees_everything
+from rewriter.mixers.shared.refusals import plain_scores
 from rewriter.mixers.tokens import Tokens, attend
 
 
@@ -54,10 +54,7 @@ class Moba(Mixer):
 
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
-        reason = super().refuse(site, options) or sees_everything(cls.info.name, site)
-        if reason is None and site.softcap is not None:
-            return "moba has no form for a softcap of the scores"
-        return reason
+        return super().refuse(site, options) or plain_scores(cls.info.name, site)
 
     @classmethod
     def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
@@ -93,7 +90,7 @@ class Moba(Mixer):
         )
         given = {"blocks": self._lists(chosen)} if listed else {}
         out = attend(spec, q, k, keys.v, **given)[0]
-        return out if x.valid is None else out * x.valid[:, None, :, None], keys.state
+        return x.shown(out), keys.state
 
     def _parts(self, keys: Keys) -> Tensor:
         """(B, N) int64: the block of each key, counted over real tokens."""

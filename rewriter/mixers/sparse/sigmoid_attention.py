@@ -26,7 +26,7 @@ from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State, S
 from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
 from rewriter.mixers.shared.keys import Keys, all_keys, key_state, with_score_terms
 from rewriter.mixers.shared.norm import HeadNorm
-from rewriter.mixers.shared.refusals import sees_everything
+from rewriter.mixers.shared.refusals import plain_scores
 from rewriter.mixers.tokens import Tokens, attend
 
 
@@ -59,10 +59,7 @@ class SigmoidAttention(Mixer):
 
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
-        reason = super().refuse(site, options) or sees_everything(cls.info.name, site)
-        if reason is None and site.softcap is not None:
-            return "sigmoid_attention has no form for a softcap of the scores"
-        return reason
+        return super().refuse(site, options) or plain_scores(cls.info.name, site)
 
     @classmethod
     def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
@@ -86,9 +83,7 @@ class SigmoidAttention(Mixer):
             weight="sigmoid",
             offset=keys.seen if causal else 0,
         )
-        out = self.norm(attend(spec, q, k, keys.v)[0])
-        if x.valid is not None:
-            out = out * x.valid[:, None, :, None]
+        out = x.shown(self.norm(attend(spec, q, k, keys.v)[0]))
         return out.to(x.v.dtype), keys.state
 
     def _bias(self, x: Tokens, keys: Keys) -> torch.Tensor:

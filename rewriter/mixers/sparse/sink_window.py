@@ -9,17 +9,16 @@ there.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import sympy
 import torch
 from pydantic import Field
 
-from rewriter.ir.kernels import WindowAttention, state_of
+from rewriter.ir.kernels import WindowAttention
 from rewriter.ir.mask import Causal, KeyPadding, SymmetricWindow, Window
 from rewriter.ir.site import AttentionSite
-from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State, StateSpec
-from rewriter.mixers.base import Mixer, MixerInfo, MixerOptions
+from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State
+from rewriter.mixers.base import MixerInfo, MixerOptions
+from rewriter.mixers.shared.window import Windowed
 from rewriter.mixers.tokens import Tokens, run
 
 _UNDERSTOOD = (Causal, KeyPadding, Window, SymmetricWindow)
@@ -32,7 +31,7 @@ class SinkWindowOptions(MixerOptions):
     sinks: int = Field(default=4, ge=0)
 
 
-class SinkWindow(Mixer):
+class SinkWindow(Windowed):
     info = MixerInfo(
         name="sink_window",
         family="sparse",
@@ -45,10 +44,6 @@ class SinkWindow(Mixer):
     Options = SinkWindowOptions
     branches = ("sinks", "window")
 
-    def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
-        super().__init__(site, options, layer)
-        self.spec = self.kernel_spec(site, options)
-
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
         reason = super().refuse(site, options)
@@ -60,10 +55,6 @@ class SinkWindow(Mixer):
         if site.has_bias and site.softcap is not None:
             return "sink_window has no form for a bias together with a softcap"
         return None
-
-    @classmethod
-    def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:
-        return options.model_copy(update={"window": tokens})
 
     @classmethod
     def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> WindowAttention:
@@ -80,20 +71,11 @@ class SinkWindow(Mixer):
         )
 
     @classmethod
-    def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
-        return state_of(cls.kernel_spec(site, options))
-
-    @classmethod
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         assert isinstance(options, SinkWindowOptions)
         sides = 1 if site.kind == "causal" else 2
         keys = sympy.Min(TOKENS, sides * options.window + options.sinks)
         return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
 
-    def test_length(self) -> int:
-        assert isinstance(self.options, SinkWindowOptions)
-        return self.options.window + self.options.sinks + 16
-
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
-        spec = replace(self.spec, hidden=self.disabled) if self.disabled else self.spec
-        return run(spec, x, bias=x.bias)
+        return run(self.active(), x, bias=x.bias)

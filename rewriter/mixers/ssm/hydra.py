@@ -26,9 +26,9 @@ from rewriter.ir.recurrence import Recurrence
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State
 from rewriter.mixers.base import MixerInfo, MixerOptions
-from rewriter.mixers.shared.gates import SlowDecay, TokenGate, per_head, per_token
+from rewriter.mixers.shared.both_ways import one_late, turned
+from rewriter.mixers.shared.gates import SlowDecay, TokenGate
 from rewriter.mixers.shared.recurrent import GatedRecurrence, channels, joined, parted
-from rewriter.mixers.shared.shift import line_up
 from rewriter.mixers.tokens import Tokens, run
 
 
@@ -86,13 +86,10 @@ class Hydra(GatedRecurrence):
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         y = self._convolved(x)
         gained = (y.q * self.back_gain.to(y.q.dtype)[:, None]).to(y.q.dtype)
-        behind = self._scan(_turned(replace(y, q=gained)), self.back).flip(2)
+        behind = self._scan(turned(replace(y, q=gained)), self.back).flip(2)
         read = self._scan(y, self.ahead) + behind
         diagonal = self.diagonal(x.stream).transpose(1, 2)[..., None]
-        own = diagonal * y.v.float().repeat_interleave(self.site.heads.group, 1)
-        if x.valid is not None:
-            own = own * x.valid[:, None, :, None]
-        return self.finish(read + own, x), None
+        return self.finish(read + x.shown(diagonal * y.own_values()), x), None
 
     def _convolved(self, x: Tokens) -> Tokens:
         """q, k and v behind the centred convolution; padding counts as 0."""
@@ -109,18 +106,4 @@ class Hydra(GatedRecurrence):
         """(B, H, n, Dv) float32: what a token reads of those before it, one token late."""
         decay, step = rate(y.stream)
         read, _ = run(self.spec, replace(y, v=(y.v * step[..., None]).to(y.v.dtype)), decay=decay)
-        late = line_up(per_token(read.float()), y.valid, None, 1).earlier(1)
-        if y.valid is not None:
-            late = late * y.valid[..., None]
-        return per_head(late, y.q.shape[1])
-
-
-def _turned(x: Tokens) -> Tokens:
-    """The same tokens from the other end."""
-    return Tokens(
-        x.q.flip(2),
-        x.k.flip(2),
-        x.v.flip(2),
-        x.stream.flip(1),
-        None if x.valid is None else x.valid.flip(1),
-    )
+        return one_late(read.float(), y)

@@ -90,10 +90,7 @@ class Mamba2(GatedRecurrence):
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         y, conv = self.convolved(x)
         read, state = self._scan(y)
-        values = y.v.repeat_interleave(self.site.heads.group, 1).float()
-        skip = values * self.skip.float()[:, None, None]
-        if x.valid is not None:
-            skip = skip * x.valid[:, None, :, None]
+        skip = x.shown(y.own_values() * self.skip.float()[:, None, None])
         out = (read.float() + skip) * self.gate(x.stream)
         out = self.norm(out).to(x.v.dtype)
         return out, None if state is None else {**state, **conv}
