@@ -14,9 +14,11 @@ from rewriter.cli.session import Json, Threads, Traceback, session
 if TYPE_CHECKING:
     from rewriter.ir.site import AttentionSite
     from rewriter.mixers.base import Mixer, MixerOptions
+    from rewriter.mixers.channel.base import ChannelMixer
 
 LENGTH = 4096  # tokens at which costs are compared
 HEADS, KV_HEADS, WIDTH = 9, 3, 64  # of the block the figures are for
+MLP_WIDTH = 1536  # outputs of the projection they are for
 
 
 def mixers(
@@ -28,24 +30,33 @@ def mixers(
     threads: Threads = None,
     traceback: Traceback = False,
 ) -> None:
-    """List what attention can be rewritten to, or explain one of them."""
+    """List what attention and MLP blocks can be rewritten to, or explain one of them."""
     with session(as_json, threads) as out:
-        from rewriter.cli.show_mixers import mixer_view, mixers_view
+        from rewriter.cli.show_mixers import channel_view, mixer_view, mixers_view
+        from rewriter.mixers.channel import registry as channel
         from rewriter.mixers.registry import available, get
 
+        if name is not None and name in channel.names():
+            described = describe_channel(channel.get(name))
+            out.show(*channel_view(described))
+            out.result(described)
+            return
         if name is not None:
             described = describe(get(name))
             out.show(*mixer_view(described))
             out.result(described)
             return
         listed = [describe(mixer) for mixer in available().values()]
-        out.show(*mixers_view(listed))
-        out.result({"mixers": listed, "figures_for": figures_for()})
+        blocks = [describe_channel(mixer) for mixer in channel.available().values()]
+        out.show(*mixers_view(listed, blocks))
+        figures = figures_for()
+        out.result({"mixers": listed, "channel_mixers": blocks, "figures_for": figures})
 
 
 def figures_for() -> dict[str, int]:
     """The attention block and length that costs are computed for."""
-    return {"tokens": LENGTH, "query_heads": HEADS, "kv_heads": KV_HEADS, "width": WIDTH}
+    heads = {"query_heads": HEADS, "kv_heads": KV_HEADS, "width": WIDTH}
+    return {"tokens": LENGTH, **heads, "mlp_inputs": HEADS * WIDTH, "mlp_outputs": MLP_WIDTH}
 
 
 def describe(mixer: type[Mixer]) -> dict[str, Any]:
@@ -66,9 +77,32 @@ def describe(mixer: type[Mixer]) -> dict[str, Any]:
         "directions": sorted(info.directions, reverse=True),
         "branches": list(mixer.branches),
         "needs": needs(mixer),
-        "options": _options(mixer),
+        "options": _options(mixer.Options),
         "cost": cost,
         "state": state,
+    }
+
+
+def describe_channel(mixer: type[ChannelMixer]) -> dict[str, Any]:
+    """Everything there is to tell about a mixer of MLP blocks, as plain values."""
+    import torch
+
+    from rewriter.mixers.channel.base import Dense
+
+    options, inputs = mixer.Options(), HEADS * WIDTH
+    sizes = mixer.sizes(options, Dense(torch.zeros(MLP_WIDTH, inputs)))
+    kept = sum(p.numel() for p in mixer.structure(MLP_WIDTH, inputs, sizes).parameters())
+    info = mixer.info
+    return {
+        "name": info.name,
+        "family": info.family,
+        "tier": info.tier,
+        "summary": info.summary,
+        "maths": info.maths,
+        "source": info.source,
+        "needs": ["calibration"],
+        "options": _options(mixer.Options),
+        "cost": {"share_of_dense": kept / (MLP_WIDTH * inputs), "sizes": sizes},
     }
 
 
@@ -157,17 +191,21 @@ def _state(
     }
 
 
-def _options(mixer: type[Mixer]) -> list[dict[str, Any]]:
+def _options(kind: type[MixerOptions]) -> list[dict[str, Any]]:
     """Name, type and default of every option."""
-    meanings = _meanings(getdoc(mixer.Options) or "")
-    schema = mixer.Options.model_json_schema().get("properties", {})
+    meanings: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        meanings |= _meanings(getdoc(owner) or "")
+    schema = kind.model_json_schema().get("properties", {})
     out = []
-    for name, field in mixer.Options.model_fields.items():
+    for name, field in kind.model_fields.items():
         out.append(
             {
                 "name": name,
                 "type": _type(schema.get(name, {})),
-                "default": None if field.is_required() else field.get_default(),
+                "default": None
+                if field.is_required()
+                else field.get_default(call_default_factory=True),
                 "required": field.is_required(),
                 "description": field.description or meanings.get(name, ""),
             }
@@ -176,8 +214,12 @@ def _options(mixer: type[Mixer]) -> list[dict[str, Any]]:
 
 
 def _meanings(docstring: str) -> dict[str, str]:
-    """Option name -> text, of a docstring in the form '`window`: tokens in it; `sinks`: ...'."""
+    """Option name -> text, of a docstring in the form '`window`: tokens in it; `sinks`: ...', or
+    with a section 'Attributes:'."""
     found = re.findall(r"`(\w+)`:\s*(.+?)(?=[;,.]?\s*`\w+`:|\.?\s*\Z)", docstring, re.DOTALL)
+    _, _, listed = docstring.partition("Attributes:\n")
+    entry = r"^ {4}(\w+): (.+?)\.?\s*(?=^ {4}\w|\Z)"
+    found += re.findall(entry, listed, re.DOTALL | re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 

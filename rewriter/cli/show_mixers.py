@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from rewriter.cli.catalogue import HEADS, KV_HEADS, LENGTH, WIDTH
+from rewriter.cli.catalogue import HEADS, KV_HEADS, LENGTH, MLP_WIDTH, WIDTH
 from rewriter.cli.tables import bullets, facts, heading, number, size, table
 
 Described = Mapping[str, Any]
 
 
-def mixers_view(listed: Sequence[Described]) -> list[RenderableType]:
-    """One line a mixer."""
+def mixers_view(listed: Sequence[Described], blocks: Sequence[Described]) -> list[RenderableType]:
+    """One line a mixer, those of attention and those of MLP blocks."""
     rows = [
         (
             m["name"],
@@ -29,12 +29,18 @@ def mixers_view(listed: Sequence[Described]) -> list[RenderableType]:
         for m in listed
     ]
     columns = ["mixer", "family", "tier", "direction", "needs", "cost", "share", "state"]
+    projections = [
+        (m["name"], m["tier"], ", ".join(m["needs"]), _share_of_dense(m["cost"])) for m in blocks
+    ]
     return [
         table(columns, rows, fold=("family", "direction", "needs", "state")),
+        heading("for MLP blocks (rules with 'site: mlp')"),
+        table(["mixer", "tier", "needs", "cost"], projections),
         heading("what they do"),
-        bullets((f"{m['name']}:", m["summary"]) for m in listed),
+        bullets((f"{m['name']}:", m["summary"]) for m in (*listed, *blocks)),
         Text(
-            "\nneeds: the stream that projections read, a batch to fit the start to, training.\n"
+            "\nneeds: the stream that projections read, a batch to fit the start to, training; "
+            "calibration: text whose activations decide what is kept.\n"
             f"cost: growth with N tokens. share: operations of full softmax attention over "
             f"{LENGTH} tokens. state: bytes a sequence, float32. Figures for one block with "
             f"{HEADS} query and {KV_HEADS} key/value heads of width {WIDTH} and default options.\n"
@@ -58,16 +64,39 @@ def mixer_view(m: Described) -> list[RenderableType]:
         ("source", m["source"]),
     ]
     parts: list[RenderableType] = [heading(f"{m['name']}: {m['summary']}"), facts(rows)]
-    if m["options"]:
-        cells = [(o["name"], o["type"], _default(o), o["description"]) for o in m["options"]]
-        columns = ["option", "type", "default", "meaning"]
-        parts += [heading("options"), table(columns, cells, fold=("type", "meaning"))]
-    else:
-        parts.append(heading("options: none"))
+    parts += _options_view(m)
     if m["state"]:
         tensors = m["state"]["tensors"].items()
         parts += [heading("state tensors"), bullets((f"{name}:", text) for name, text in tensors)]
     return parts
+
+
+def channel_view(m: Described) -> list[RenderableType]:
+    """Everything about one mixer of MLP blocks."""
+    sizes = ", ".join(f"{name} {value}" for name, value in m["cost"]["sizes"].items())
+    inputs = HEADS * WIDTH
+    rows = [
+        ("maths", m["maths"]),
+        ("family", m["family"]),
+        ("tier", f"{m['tier']} ({_TIERS.get(m['tier'], '')})"),
+        ("needs", ", ".join(m["needs"])),
+        ("cost", f"{_share_of_dense(m['cost'])}; {inputs} to {MLP_WIDTH} channels: {sizes}"),
+        ("source", m["source"]),
+    ]
+    return [heading(f"{m['name']}: {m['summary']}"), facts(rows), *_options_view(m)]
+
+
+def _options_view(m: Described) -> list[RenderableType]:
+    if not m["options"]:
+        return [heading("options: none")]
+    cells = [(o["name"], o["type"], _default(o), o["description"]) for o in m["options"]]
+    columns = ["option", "type", "default", "meaning"]
+    return [heading("options"), table(columns, cells, fold=("type", "meaning"))]
+
+
+def _share_of_dense(cost: Mapping[str, Any]) -> str:
+    """Parameters and operations of a structured projection."""
+    return f"{number(100 * cost['share_of_dense'])} % of the dense projection"
 
 
 _TIERS: Mapping[str, str] = {

@@ -269,6 +269,14 @@ def test_mixers() -> None:
     assert "tokens in the window" in one
     assert "i - j < window" in one
     assert "sink_window" in failed(run("mixers", "sink_windw"), 2)
+    for name in ("lowrank_mlp", "monarch_mlp"):
+        assert name in out.stdout
+        blocks = {m["name"]: m for m in run_json("mixers")["channel_mixers"]}
+        assert 0.4 < blocks[name]["cost"]["share_of_dense"] <= 0.5
+        assert all(o["description"] for o in blocks[name]["options"])
+        shown = run("mixers", name).stdout
+        assert "share of the dense matrix" in " ".join(shown.split())
+        assert blocks[name]["source"].split()[0] in shown
 
 
 def test_in_a_process_of_its_own(tiny: Path) -> None:

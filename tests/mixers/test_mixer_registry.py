@@ -7,7 +7,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from rewriter.errors import UsageError
-from rewriter.mixers import registry
+from rewriter.mixers import plugins, registry
+from rewriter.mixers.channel import registry as channel
 from rewriter.mixers.exact.keep import Keep
 
 OWN = {
@@ -21,21 +22,23 @@ OWN = {
     "rwkv7",
     "mamba2",
     "hydra",
+    "s4d",
     "sigmoid_attention",
     "duo",
     "moba",
+    "razor",
     "linear_shortcut",
     "drop",
 }
 
 
 def point(name: str, value: str) -> EntryPoint:
-    return EntryPoint(name, value, registry.GROUP)
+    return EntryPoint(name, value, registry.MIXERS.group)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *extra: EntryPoint) -> None:
-    real = list(registry.entry_points(group=registry.GROUP))
-    monkeypatch.setattr(registry, "entry_points", lambda group: [*real, *extra])
+    real = list(plugins.entry_points(group=registry.MIXERS.group))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [*real, *extra])
 
 
 def test_own_mixers() -> None:
@@ -50,6 +53,8 @@ def test_typos_name_what_is_close() -> None:
         registry.get("hedghog")
     with pytest.raises(UsageError, match=r"there are: .*keep"):
         registry.get("qqqq")
+    with pytest.raises(UsageError, match=r"no channel mixer.* did you mean 'lowrank_mlp'"):
+        channel.get("lowrank")
 
 
 def test_a_clash_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
