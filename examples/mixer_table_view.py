@@ -1,0 +1,122 @@
+"""The results of `mixer_table.py` as a page and a plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rewriter.cli.tables import size
+
+Row = Mapping[str, Any]
+ORIGINAL = "original"
+NEAR, FAR = "2048", "8192"
+
+
+def markdown(done: Mapping[str, Any]) -> str:
+    """The page."""
+    rows: Mapping[str, Row] = done["rows"]
+    first = rows[ORIGINAL]
+    mixers = {n: r for n, r in rows.items() if "speed" in r}
+    blocks = {n: r for n, r in rows.items() if "parameters" in r}
+    lines = [
+        "# The mixers on a real model",
+        "",
+        "SmolLM2-135M-Instruct, 22 of 30 layers rewritten with default options, 8 kept. Mixers",
+        f"with parameters start from data and get {done['seconds']:.0f} seconds of layer-wise",
+        "training on one core, rows of 512 tokens; the others are used as they are. Made by",
+        "`examples/mixer_table.py`; one thread, fp32, processor time.",
+        "",
+        f"Machine: {done['machine']}.",
+        "",
+        "![the table as a plot](mixers.svg)",
+        "",
+        "Gap: |core - original| / |original| on held-out text, mean of the 22 layers. Perplexity:",
+        "on the second half of three rows of 1,024 held-out tokens, over the original's "
+        f"{first['perplexity']:.2f}.",
+        "Copy: perplexity of a passage that stood 700 tokens before. Cache: all 30 layers. `duo`",
+        "and `razor` keep the heads that `rewriter.planner.head_scores` finds.",
+        "",
+        "| mixer | tier | gap, start | gap, trained | steps | perplexity | copy | "
+        "cache at 2k, 8k | prefill 2k, 8k | token at 2k, 8k |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_mixer_line(n, r, first) for n, r in _sorted(mixers)]
+    lines += [
+        "",
+        "One minute is little: it says how near a mixer starts and how fast it learns, not how",
+        "good it can become.",
+        "",
+        "## Channel mixers",
+        "",
+        "The MLP blocks of the same 22 layers, fitted to 8,192 tokens of text, not trained. Gap:",
+        "of the block's output.",
+        "",
+        "| mixer | parameters of the model | gap | perplexity | copy |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in blocks.items():
+        ratio = row["perplexity"] / first["perplexity"]
+        lines.append(
+            f"| `{name}` | {row['parameters']:.2f} x | {row['gap_start']:.3f} | {ratio:.2f} x "
+            f"| {row['copy_perplexity']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mixer_line(name: str, row: Row, first: Row) -> str:
+    near, far = row["speed"][NEAR], row["speed"][FAR]
+    shown = "original" if name == ORIGINAL else f"`{name}`"
+
+    def optional(key: str, form: str) -> str:
+        return form.format(row[key]) if key in row else ""
+
+    return (
+        f"| {shown} | {row.get('tier', '')} | {optional('gap_start', '{:.3f}')} "
+        f"| {optional('gap_distilled', '{:.3f}')} | {optional('steps', '{}')} "
+        f"| {row['perplexity'] / first['perplexity']:.2f} x | {row['copy_perplexity']:.2f} "
+        f"| {size(near['cache'])}, {size(far['cache'])} "
+        f"| {near['prefill']:.1f} s, {far['prefill']:.1f} s "
+        f"| {near['token'] * 1e3:.0f} ms, {far['token'] * 1e3:.0f} ms |"
+    )
+
+
+def _sorted(rows: Mapping[str, Row]) -> list[tuple[str, Row]]:
+    """By perplexity, the original first."""
+    return sorted(rows.items(), key=lambda item: (item[0] != ORIGINAL, item[1]["perplexity"]))
+
+
+def plot(done: Mapping[str, Any]) -> bytes:
+    """Bars of every mixer, the original as a line. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = [(n, r) for n, r in _sorted(done["rows"]) if "speed" in r]
+    first, rows = rows[0][1], rows[1:]
+    names = [n for n, _ in rows]
+    panels: dict[str, Callable[[Row], float]] = {
+        "gap to the original": lambda r: r.get("gap_distilled", r.get("gap_start", 0.0)),
+        "perplexity": lambda r: r["perplexity"],
+        "copy perplexity": lambda r: r["copy_perplexity"],
+        "cache at 8k, MiB": lambda r: r["speed"][FAR]["cache"] / 2**20,
+        "ms a token at 8k": lambda r: r["speed"][FAR]["token"] * 1e3,
+    }
+    figure = Figure(figsize=(13, 0.32 * len(names) + 1.4), layout="constrained")
+    for axis, (title, value) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        axis.barh(names, [value(r) for _, r in rows], height=0.6, color="#4477aa")
+        if "gap" in title:
+            starts = [r["gap_start"] for _, r in rows]
+            axis.plot(starts, names, "|", color="#cc6677", markersize=9, label="start")
+            axis.legend(fontsize=7)
+        else:
+            axis.axvline(value(first), color="black", linewidth=1)
+        if title.startswith(("copy", "perplexity")):
+            axis.set_xscale("log")
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle("22 of 30 layers of SmolLM2-135M; black: the original", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
