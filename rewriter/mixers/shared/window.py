@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from rewriter.ir.kernels import JointWindowLinear, WindowAttention, state_of
 from rewriter.ir.site import AttentionSite
@@ -14,13 +13,16 @@ from rewriter.mixers.base import Mixer, MixerOptions
 class Windowed(Mixer):
     """A mixer with the options `window` and `sinks` on one kernel; its branches are parts of it."""
 
+    spec: WindowAttention | JointWindowLinear
+
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
         self.spec = self.kernel_spec(site, options)
 
     @classmethod
-    def kernel_spec(cls, site: AttentionSite, options: MixerOptions) -> Any:
-        """`WindowAttention` or `JointWindowLinear`."""
+    def kernel_spec(
+        cls, site: AttentionSite, options: MixerOptions
+    ) -> WindowAttention | JointWindowLinear:
         raise NotImplementedError
 
     @classmethod
@@ -33,8 +35,7 @@ class Windowed(Mixer):
 
     def test_length(self) -> int:
         """Beyond the window, so that something is out of sight."""
-        length: int = self.spec.window + self.spec.sinks + 16
-        return length
+        return self.spec.window + self.spec.sinks + 16
 
     def active(self) -> WindowAttention | JointWindowLinear:
         """The kernel without the branches that are switched off."""
