@@ -23,28 +23,29 @@ def markdown(done: Mapping[str, Any]) -> str:
         "# The mixers on a real model",
         "",
         "SmolLM2-135M-Instruct, 22 of 30 layers rewritten with default options, 8 kept. Mixers",
-        f"with parameters start from data and get {done['seconds']:.0f} seconds of layer-wise",
-        "training on one core, rows of 512 tokens; the others are used as they are. Made by",
+        f"with parameters start from data and get {done['steps']} steps of layer-wise training, a",
+        "row of 512 tokens each; the others are used as they are. Made by",
         "`examples/mixer_table.py`; one thread, fp32, processor time.",
         "",
         f"Machine: {done['machine']}.",
         "",
         "![the table as a plot](mixers.svg)",
         "",
+        "Start: with neutral parameters; fitted: after the start from 2,048 tokens of data.",
         "Gap: |core - original| / |original| on held-out text, mean of the 22 layers. Perplexity:",
         "on the second half of three rows of 1,024 held-out tokens, over the original's "
         f"{first['perplexity']:.2f}.",
         "Copy: perplexity of a passage that stood 700 tokens before. Cache: all 30 layers. `duo`",
         "and `razor` keep the heads that `rewriter.planner.head_scores` finds.",
         "",
-        "| mixer | tier | gap, start | gap, trained | steps | perplexity | copy | "
+        "| mixer | tier | gap, start | fitted | trained | perplexity | copy | "
         "cache at 2k, 8k | prefill 2k, 8k | token at 2k, 8k |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_mixer_line(n, r, first) for n, r in _sorted(mixers)]
     lines += [
         "",
-        "One minute is little: it says how near a mixer starts and how fast it learns, not how",
+        "That is little training: it says how near a mixer starts and how fast it learns, not how",
         "good it can become.",
         "",
         "## Channel mixers",
@@ -73,7 +74,7 @@ def _mixer_line(name: str, row: Row, first: Row) -> str:
 
     return (
         f"| {shown} | {row.get('tier', '')} | {optional('gap_start', '{:.3f}')} "
-        f"| {optional('gap_distilled', '{:.3f}')} | {optional('steps', '{}')} "
+        f"| {optional('gap_fitted', '{:.3f}')} | {optional('gap_distilled', '{:.3f}')} "
         f"| {row['perplexity'] / first['perplexity']:.2f} x | {row['copy_perplexity']:.2f} "
         f"| {size(near['cache'])}, {size(far['cache'])} "
         f"| {near['prefill']:.1f} s, {far['prefill']:.1f} s "
@@ -106,7 +107,7 @@ def plot(done: Mapping[str, Any]) -> bytes:
     ):
         axis.barh(names, [value(r) for _, r in rows], height=0.6, color="#4477aa")
         if "gap" in title:
-            starts = [r["gap_start"] for _, r in rows]
+            starts = [min(r["gap_start"], r.get("gap_fitted", 9.0)) for _, r in rows]
             axis.plot(starts, names, "|", color="#cc6677", markersize=9, label="start")
             axis.legend(fontsize=7)
         else:
