@@ -24,8 +24,8 @@ def markdown(done: Mapping[str, Any]) -> str:
         "",
         "SmolLM2-135M-Instruct, 22 of 30 layers rewritten with default options, 8 kept. Mixers",
         f"with parameters start from data and get {done['steps']} steps of layer-wise training, a",
-        "row of 512 tokens each; the others are used as they are. Made by",
-        "`examples/mixer_table.py`; one thread, fp32, processor time.",
+        "row of 512 tokens each; the others are used as they are. Quality in bfloat16. Made by",
+        "`examples/mixer_table.py`.",
         "",
         f"Machine: {done['machine']}.",
         "",
@@ -35,11 +35,12 @@ def markdown(done: Mapping[str, Any]) -> str:
         "Gap: |core - original| / |original| on held-out text, mean of the 22 layers. Perplexity:",
         "on the second half of three rows of 1,024 held-out tokens, over the original's "
         f"{first['perplexity']:.2f}.",
-        "Copy: perplexity of a passage that stood 700 tokens before. Cache: all 30 layers. `duo`",
-        "and `razor` keep the heads that `rewriter.planner.head_scores` finds.",
+        "Copy: perplexity of a passage that stood 700 tokens before. `duo` and `razor` keep the",
+        "heads that `rewriter.planner.head_scores` finds. State, prefill and token: of one layer's",
+        "core (of the original: torch's attention and the cache), fp32, one thread.",
         "",
         "| mixer | tier | gap, start | fitted | trained | perplexity | copy | "
-        "cache at 2k, 8k | prefill 2k, 8k | token at 2k, 8k |",
+        "state at 2k, 8k | prefill 2k, 8k | token at 2k, 8k |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_mixer_line(n, r, first) for n, r in _sorted(mixers)]
@@ -76,9 +77,9 @@ def _mixer_line(name: str, row: Row, first: Row) -> str:
         f"| {shown} | {row.get('tier', '')} | {optional('gap_start', '{:.3f}')} "
         f"| {optional('gap_fitted', '{:.3f}')} | {optional('gap_distilled', '{:.3f}')} "
         f"| {row['perplexity'] / first['perplexity']:.2f} x | {row['copy_perplexity']:.2f} "
-        f"| {size(near['cache'])}, {size(far['cache'])} "
-        f"| {near['prefill']:.1f} s, {far['prefill']:.1f} s "
-        f"| {near['token'] * 1e3:.0f} ms, {far['token'] * 1e3:.0f} ms |"
+        f"| {size(near['state'])}, {size(far['state'])} "
+        f"| {near['prefill'] * 1e3:.0f} ms, {far['prefill'] * 1e3:.0f} ms "
+        f"| {near['token'] * 1e3:.2f} ms, {far['token'] * 1e3:.2f} ms |"
     )
 
 
@@ -98,7 +99,7 @@ def plot(done: Mapping[str, Any]) -> bytes:
         "gap to the original": lambda r: r.get("gap_distilled", r.get("gap_start", 0.0)),
         "perplexity": lambda r: r["perplexity"],
         "copy perplexity": lambda r: r["copy_perplexity"],
-        "cache at 8k, MiB": lambda r: r["speed"][FAR]["cache"] / 2**20,
+        "state at 8k, MiB": lambda r: r["speed"][FAR]["state"] / 2**20,
         "ms a token at 8k": lambda r: r["speed"][FAR]["token"] * 1e3,
     }
     figure = Figure(figsize=(13, 0.32 * len(names) + 1.4), layout="constrained")

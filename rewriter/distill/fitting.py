@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rewriter.distill.copies import rewritten_owners
 from rewriter.distill.data import Rows
 from rewriter.distill.stages import call
+from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.exact.keep import Keep, KeepOptions
 from rewriter.mixers.tokens import Tokens
@@ -96,6 +97,7 @@ def _visit(
         return hook
 
     with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(evaluation_mode(model))
         stack.enter_context(_uncached(model))
         for fqn, core in rewritten_owners(model).items():
             handle = core.register_forward_hook(hook_of(fqn, core), with_kwargs=True)

@@ -57,6 +57,10 @@ def test_every_core_comes_nearer_and_decodes(
     assert all(f.after < f.before and f.after < 1.0 for f in report)
     assert core_gaps(student, Rows(ids)) == pytest.approx({f.fqn: f.after for f in report})
     assert student.config.use_cache
+    student.train()
+    assert core_gaps(student, Rows(ids)) == pytest.approx({f.fqn: f.after for f in report})
+    assert student.training and student.model.training
+    student.eval()
     # A start that is nearer already is left alone.
     assert all(f.after <= f.before for f in fit_cores(student, Rows(ids.flip(1))))
     with torch.no_grad():
