@@ -7,6 +7,7 @@ pattern has its own emission, traced when first needed and shared by all identic
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,9 +133,13 @@ class ReEmitted(InPlace):
 
 
 def original_view(owner: nn.Module, base: type[nn.Module]) -> nn.Module:
-    """The owner as an instance of its original class, without the core, sharing everything."""
+    """The owner as an instance of its original class, without the core, sharing everything.
+
+    Hooks that collect its outputs are left out: what a trace returns is no output of the model.
+    """
     view = base.__new__(base)
     view.__dict__.update(owner.__dict__)
+    view.__dict__["_forward_hooks"] = OrderedDict()
     view.__dict__["_modules"] = {k: v for k, v in owner._modules.items() if k != "core"}
     view.__dict__.pop(STATE, None)
     return view

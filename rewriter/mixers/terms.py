@@ -21,6 +21,7 @@ from rewriter.ir.site import AddTerm, AttentionSite, FillTerm
 
 _NOTE = "_attention_rewriter_split"
 _NO_MASK = ("none", "sink")
+_CACHED = 2**17  # mask entries that are looked at together
 _NEVER = -1000.0  # a pure mask hides below this: exp(-1000) is 0 in every dtype
 
 
@@ -68,16 +69,16 @@ def split(
     if not given:
         return SplitTerms(None, None)
     tensors = tuple(t for _, t in given)
-    parts = [_part(site, index, _four(term)) for index, term in given]
-    bias = _bias(parts, seen + new)
-    if all(part.allow is None for part in parts):
+    bias = _bias(site, given, seen + new)
+    hiding = [(i, _four(t)) for i, t in given if _hides(site, i, t)]
+    if not hiding:
         return SplitTerms(None, bias)
     if not _readable(tensors):
-        return SplitTerms(_valid(site, parts, seen, new, check=False), bias)
+        return SplitTerms(_valid(site, hiding, seen, new, check=False), bias)
     key = (site.mask, site.score, site.terms, site.causal_flag, seen, new)
     note = _recall(tensors, key)
     if note is None:
-        note = _Note(_valid(site, parts, seen, new, check=True))
+        note = _Note(_valid(site, hiding, seen, new, check=True))
         _remember(tensors, key, note)
     return SplitTerms(note.valid, bias)
 
@@ -102,29 +103,61 @@ def _readable(tensors: tuple[torch.Tensor, ...]) -> bool:
     )
 
 
-def _bias(parts: list[_Part], length: int) -> torch.Tensor | None:
-    biases = [_align(part.bias, length) for part in parts if part.bias is not None]
+Given = list[tuple[int, torch.Tensor]]  # terms by their index, four-dimensional
+
+
+def _bias(site: AttentionSite, given: Given, length: int) -> torch.Tensor | None:
+    if not site.has_bias:
+        return None
+    parts = [_part(site, index, _four(term)).bias for index, term in given]
+    biases = [_align(bias, length) for bias in parts if bias is not None]
     return functools.reduce(torch.add, biases) if biases else None
 
 
+def _hides(site: AttentionSite, index: int, term: torch.Tensor) -> bool:
+    """Whether a term may hide keys."""
+    filled = any(isinstance(s, FillTerm) and s.index == index for s in site.score)
+    return filled or term.dtype == torch.bool or site.terms[index] != "bias"
+
+
+def _shown(site: AttentionSite, hiding: Given, rows: slice) -> torch.Tensor:
+    """(1|B, 1|H, 1|n, Nk) bool: the keys that no term hides, for some of the queries."""
+    parts = []
+    for index, term in hiding:
+        part = _part(site, index, term if term.shape[-2] == 1 else term[:, :, rows])
+        assert part.allow is not None
+        parts.append(part.allow)
+    return functools.reduce(torch.logical_and, parts)
+
+
 def _valid(
-    site: AttentionSite, parts: list[_Part], seen: int, new: int, *, check: bool
+    site: AttentionSite, hiding: Given, seen: int, new: int, *, check: bool
 ) -> torch.Tensor | None:
     """Which new tokens are real, (1|B, new), or None if all are."""
-    allow = functools.reduce(torch.logical_and, [p.allow for p in parts if p.allow is not None])
-    columns = allow.shape[-1]
+    columns = torch.broadcast_shapes(*(term.shape for _, term in hiding))[-1]
     if columns < new:
         raise UnsupportedError(
             f"'{site.fqn}': the mask has {columns} key columns for {new} new tokens after "
             f"{seen}; pass a mask that covers the new tokens"
         )
+    pieces = _pieces(hiding, new, columns) if check else [slice(None)]
+    real = functools.reduce(
+        torch.logical_or, (_shown(site, hiding, rows).any(-2).any(1) for rows in pieces)
+    )  # (1|B, Nk)
     start = seen if columns >= seen + new else columns - new
-    real = allow.any(-2).any(1)  # (1|B, Nk)
     valid = real[:, start : start + new]
     if not check:
         return valid
-    _check(site, allow, real, valid, seen, new)
+    for rows in pieces:
+        _check(site, _shown(site, hiding, rows), real, valid, seen, new, rows)
     return None if bool(valid.all()) else valid
+
+
+def _pieces(hiding: Given, new: int, columns: int) -> list[slice]:
+    """The new queries in pieces whose masks stay in a processor's cache: N x N would not."""
+    rows = max(int(term.shape[0] * term.shape[1]) for _, term in hiding)
+    size = max(16, _CACHED // max(1, rows * columns))
+    return [slice(at, min(at + size, new)) for at in range(0, new, size)] or [slice(0, 0)]
 
 
 def _part(site: AttentionSite, index: int, term: torch.Tensor) -> _Part:
@@ -166,16 +199,17 @@ def _check(
     valid: torch.Tensor,
     seen: int,
     new: int,
+    rows: slice,
 ) -> None:
-    """Compare the tensor with the predicate on the rows of valid queries."""
+    """Compare the tensor with the predicate on the valid queries among `rows`."""
     columns = allow.shape[-1]
-    queries = torch.arange(seen, seen + new, device=allow.device)
+    queries = torch.arange(seen, seen + new, device=allow.device)[rows]
     first = max(0, seen + new - columns)
     keys = torch.arange(first, first + columns, device=allow.device)
     # The causal flag hides keys beside the tensor, and a tensor need not hide them again.
     expected = site.mask.dense(queries, keys)[None, None] & real[:, None, None, :]
     shown = allow & (keys <= queries[:, None]) if site.causal_flag else allow
-    wrong = (shown != expected) & valid[:, None, :, None]
+    wrong = (shown != expected) & valid[:, None, rows, None]
     if bool(wrong.any()):
         raise UnsupportedError(
             f"'{site.fqn}': the mask passed now differs from {site.mask.describe()}, the mask this "

@@ -3,7 +3,9 @@
 The same function as `keep`, with sums in another order: o = softmax(q k^T scale + mask) v, dense or
 sparse as the site's own mask says, K and V read once per group of query heads. Nothing is learned
 and nothing is approximated. A call that the kernels cannot serve exactly (left padding, a custom
-mask, dropout in training, weights asked for, another device) runs as the graph had it.
+mask, dropout in training, another device) runs as the graph had it. Attention weights that the
+graph hands on are computed if somebody reads them (`deferred`); with gradients, while a graph is
+made, or behind a cache, such a call runs as the graph had it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 
+from rewriter.backends.ops.eager import unwatched
 from rewriter.backends.registry import Kernel, resolve
 from rewriter.errors import UnsupportedError
 from rewriter.ir.block_sparse import BlockSparse
@@ -25,6 +28,7 @@ from rewriter.kv_cache import in_place
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.base import MixerInfo, MixerOptions, Terms
 from rewriter.mixers.exact import packing
+from rewriter.mixers.exact.deferred import DeferredTensor
 from rewriter.mixers.exact.keep import Keep, KeepOptions
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,9 +83,12 @@ class Fused(Keep):
         hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `Keep.forward`; the cache is written in place from here on."""
+        own, seen = (k, v), 0
         if cache is not None and self.layer is not None:
             in_place(cache, self.layer)
-        return super().forward(q, k, v, terms, cache, need_weights)
+            seen = int(cache.get_seq_length(self.layer))
+            k, v = cache.update(k, v, self.layer)
+        return self.attend(q, k, v, terms, seen, need_weights, own)
 
     def attend(
         self,
@@ -91,16 +98,32 @@ class Fused(Keep):
         terms: Terms,
         seen: int,
         need_weights: bool,
+        own: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `Keep.attend`; `own` are the new keys and values, which no cache will change."""
         cu_seqlens = None if torch.compiler.is_compiling() else packing.ends()
         if cu_seqlens is not None:
             return self._packed(q, k, v, terms, need_weights, cu_seqlens), None
         out = None
-        if not need_weights and not (self.training and self.site.dropout) and v.dtype in _DTYPES:
+        plain = not (self.training and self.site.dropout) and v.dtype in _DTYPES
+        if plain and (not need_weights or _can_wait(q, k, v, seen)):
             out = self._generated(q, k, v, terms, seen)
-        return (
-            (out, None) if out is not None else super().attend(q, k, v, terms, seen, need_weights)
-        )
+        if out is None:
+            return super().attend(q, k, v, terms, seen, need_weights)
+        return out, self._deferred(q, *(own or (k, v)), terms) if need_weights else None
+
+    def _deferred(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms
+    ) -> torch.Tensor:
+        """The attention weights (B, H, N, N), computed when they are read."""
+
+        def compute() -> torch.Tensor:
+            weights = Keep.attend(self, q, k, v, terms, 0, True)[1]
+            assert weights is not None
+            return weights
+
+        sources = [x for x in (q, k, v, *terms) if x is not None]
+        return DeferredTensor.of(compute, (*q.shape[:-1], k.shape[-2]), v, sources)
 
     def _generated(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms, seen: int
@@ -213,6 +236,11 @@ class Fused(Keep):
         causal = self.site.kind == "causal"
         flag = self.site.causal_flag or (causal and self.site.spelling == "sdpa")
         return flag or not self.site.mask.without_padding().atoms
+
+
+def _can_wait(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: int) -> bool:
+    """Whether the attention weights may be computed later: from tensors of this call alone."""
+    return not seen and k.shape[-2] == q.shape[-2] and unwatched(q, k, v)
 
 
 @lru_cache(maxsize=512)
