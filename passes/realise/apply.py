@@ -57,9 +57,14 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
         UsageError: the plan names a module the model does not have.
         VerificationError: an owner is not called exactly once per forward.
     """
-    from rewriter.passes.exact.rest import rest  # needs realisation itself
+    from rewriter.passes.exact.rest import rest  # these need realisation themselves
+    from rewriter.passes.realise.channel import superseded
+    from rewriter.passes.step import attach_later
 
-    return rest(realise(model, targets_of(plan), examples), plan)
+    rewritten = rest(realise(model, targets_of(plan), examples), plan)
+    if not superseded(plan.mlps):
+        attach_later(rewritten)
+    return rewritten
 
 
 Caches = dict[tuple[str, str, type[nn.Module]], EmissionCache]

@@ -18,16 +18,21 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from rewriter.backends.registry import allowed
+from rewriter.errors import RewriterError
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.exact.keep import Keep
 from rewriter.passes.capture import Captured
+from rewriter.passes.examples import examples_for
+from rewriter.passes.find import find
 from rewriter.passes.match import Match
+from rewriter.passes.realise.original import original_of
 from rewriter.passes.realise.owner import ReEmitted
 from rewriter.passes.step.guard import Guard
 from rewriter.passes.step.lower import Template, lower
 from rewriter.passes.step.machine import Machine, machine
 
 STATE = "_compiled_step"
+PATIENCE = 16  # tokens that a model without a template decodes before one is made
 CHECKS = 2  # calls of a kind that run both ways before the program is trusted
 # Largest difference of a logit from the module's, in units of the largest logit (at least 1).
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}
@@ -37,15 +42,26 @@ _SIMPLE = (str, int, float, bool, type(None))
 class Decoding:
     """The compiled step of one model."""
 
-    def __init__(self, template: Template | None, guard: Guard | None, reason: str | None = None):
-        self.template, self.guard, self.reason = template, guard, reason
+    def __init__(
+        self,
+        template: Template | None,
+        guard: Guard | None,
+        reason: str | None = None,
+        later: bool = False,
+    ):
+        """Args:
+        later: the template is made once `PATIENCE` tokens were decoded without it.
+        """
+        self.template, self.guard, self.reason, self.later = template, guard, reason, later
+        self.waited = 0
         self.machines: dict[int, Machine] = {}
         self.checked: dict[Any, int] = {}
         self.kinds: dict[Any, type] = {}
         self.ran = 0  # calls that ran as a program alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoding:
-        return Decoding(self.template, copy.deepcopy(self.guard, memo), self.reason)
+        guard = copy.deepcopy(self.guard, memo)
+        return Decoding(self.template, guard, self.reason, self.later)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Decoding, (None, None, "the model was unpickled, and graphs do not pickle")
@@ -54,6 +70,8 @@ class Decoding:
         """One sentence about how single tokens run."""
         if self.reason is not None:
             return f"module by module: {self.reason}"
+        if self.template is None:
+            return f"module by module for {PATIENCE} tokens, then a step is made"
         done = [n for n in self.checked.values() if n >= CHECKS]
         if not done:
             return "as a compiled step, which is checked when the first tokens are decoded"
@@ -62,7 +80,8 @@ class Decoding:
 
     def step(self, model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
         """The output of a call, or None where the modules have to run."""
-        if self.template is None or self.guard is None or torch.is_grad_enabled():
+        unmade = self.template is None and not self.later
+        if unmade or self.guard is None or torch.is_grad_enabled():
             return None
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if type(ids) is not torch.Tensor or not isinstance(cache, Cache):
@@ -74,6 +93,8 @@ class Decoding:
         seen, batch = int(cache.get_seq_length()), int(ids.shape[0])
         kind = _kind(model, kwargs, seen, batch)
         if seen == 0 or kind is None or not self.guard.holds():
+            return None
+        if self.template is None and not self._made(model):
             return None
         if self.guard.moved():
             self.machines.clear()
@@ -88,6 +109,20 @@ class Decoding:
             return None
         self.ran += 1
         return self.kinds[batch, kind](**{self.template.output: logits, "past_key_values": cache})
+
+    def _made(self, model: nn.Module) -> bool:
+        """Make the template if enough tokens were decoded for it to pay."""
+        self.waited += 1
+        if self.waited <= PATIENCE:
+            return False
+        self.later = False
+        with torch.inference_mode(False), torch.no_grad():
+            found = _template(model)
+        if isinstance(found, str):
+            self._give_up(found)
+            return False
+        self.template = found
+        return True
 
     def _machine(self, model: nn.Module, batch: int) -> Machine | None:
         assert self.template is not None
@@ -151,14 +186,59 @@ def attach(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> No
         captured: the graph of the whole original model.
         matches: all attention found in it.
     """
-    reason = _unfit(model, captured, matches)
-    names = [] if captured.out_spec is None else captured.out_spec.context
-    if reason is None and (not isinstance(names, list) or len(names) != 1):
-        reason = "the model returns something else than one named tensor"
-    template = None if reason else Template(captured, tuple(matches), str(names[0]))
-    model.__dict__[STATE] = Decoding(template, Guard.of(model), reason)
-    if template is not None:
+    found = _unfit(model) or _fitting(model, captured, matches)
+    reason = found if isinstance(found, str) else None
+    template = None if isinstance(found, str) else found
+    _put(model, Decoding(template, Guard.of(model), reason))
+
+
+def attach_later(model: nn.Module) -> None:
+    """As `attach` for a model whose graph is not at hand: a loaded one, or one made from a plan.
+
+    The original is captured when `PATIENCE` tokens were decoded, since that takes seconds.
+    """
+    reason = _unfit(model)
+    _put(model, Decoding(None, Guard.of(model), reason, later=reason is None))
+
+
+def _put(model: nn.Module, decoding: Decoding) -> None:
+    model.__dict__[STATE] = decoding
+    if decoding.reason is None:
         model.__class__ = subclass_of(type(model))
+
+
+def _template(model: nn.Module) -> Template | str:
+    """The template of a rewritten model, from its original made again, or why there is none."""
+    plain = _original(model)
+    try:
+        found = find(plain, examples_for(plain))
+    except RewriterError as error:
+        return str(error)
+    if found.graph is None:
+        return "the model does not trace as a whole"
+    return _fitting(model, found.graph.captured, found.graph.matches)
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The original of a model that steps."""
+    state = model.__dict__.pop(STATE)
+    kind = type(model)
+    try:
+        model.__class__ = kind.__mro__[2]
+        return original_of(model)
+    finally:
+        model.__class__ = kind
+        model.__dict__[STATE] = state
+
+
+def _fitting(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> Template | str:
+    cores = [m for m in model.modules() if isinstance(m, Mixer)]
+    if len({m.site.fqn for m in matches}) != len(cores):
+        return "some of its attention was not rewritten"
+    names = [] if captured.out_spec is None else captured.out_spec.context
+    if not isinstance(names, list) or len(names) != 1:
+        return "the model returns something else than one named tensor"
+    return Template(captured, tuple(matches), str(names[0]))
 
 
 def decoding_of(model: nn.Module) -> str:
@@ -169,7 +249,7 @@ def decoding_of(model: nn.Module) -> str:
     return state.describe()
 
 
-def _unfit(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> str | None:
+def _unfit(model: nn.Module) -> str | None:
     cores = [m for m in model.modules() if isinstance(m, Mixer)]
     if isinstance(model, ReEmitted):
         return "the model is one attention block"
@@ -179,8 +259,6 @@ def _unfit(model: nn.Module, captured: Captured, matches: Sequence[Match]) -> st
         return "the model keeps no cache"
     if next(model.parameters()).device.type != "cpu":
         return "the model is not on the CPU"
-    if len({m.site.fqn for m in matches}) != len(cores):
-        return "some of its attention was not rewritten"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 import rewriter
 from rewriter.backends.registry import VARIABLE
+from rewriter.passes.realise import apply_plan, share_parameters
 from rewriter.passes.step import decoding_of
 from rewriter.passes.step.model import STATE
 
@@ -208,6 +210,50 @@ def test_copies_and_pickles(pair: tuple[Any, Any]) -> None:
     restored = pickle.loads(pickle.dumps(copied))
     compare(model, restored, prompt())
     assert "unpickled" in decoding_of(restored)
+
+
+def test_a_loaded_model_steps_after_some_tokens(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model, ours = pair
+    ours.save_pretrained(tmp_path / "saved")
+    loaded = rewriter.load(tmp_path / "saved")
+    assert type(loaded).__name__ == type(model).__name__ and isinstance(loaded, type(model))
+    assert "then a step is made" in decoding_of(loaded)
+    for _ in range(3):
+        compare(model, loaded, prompt())
+    assert decoding_of(loaded).startswith("as a compiled step (batch 2)"), decoding_of(loaded)
+    assert steps(loaded) >= 10
+
+
+def test_a_model_made_from_a_plan_steps(pair: tuple[Any, Any]) -> None:
+    model, ours = pair
+    made = apply_plan(share_parameters(model), rewriter.plan_of(ours))
+    with torch.inference_mode():
+        for _ in range(3):
+            compare(model, made, prompt(1))
+    assert steps(made) >= 10
+    plain = copy.deepcopy(pair)[1]
+    assert plain.__dict__[STATE].template is not None
+
+
+def test_a_hook_that_comes_later_is_seen(pair: tuple[Any, Any]) -> None:
+    """Also one that is put where the dictionary of hooks itself was exchanged."""
+    ours = copy.deepcopy(pair[1])
+    generated(ours, prompt())
+    guard = ours.__dict__[STATE].guard
+    assert guard.holds() and guard.holds() and not guard.moved()
+    block = ours.model.layers[1].mlp
+    block._forward_hooks = type(block._forward_hooks)()
+    assert guard.holds()
+    block.register_forward_hook(lambda *_: None)
+    assert not guard.holds()
+    block._forward_hooks.clear()
+    assert guard.holds()
+    ours.model.norm.weight = nn.Parameter(ours.model.norm.weight.detach().clone())
+    assert guard.holds() and guard.moved() and not guard.moved()
+    ours.model.norm.weight.data = ours.model.norm.weight.data.clone()
+    assert guard.holds() and guard.moved() and not guard.moved()
+    block.train()
+    assert not guard.holds()
 
 
 def test_a_wrong_program_is_never_used(
