@@ -6,8 +6,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.initialization import no_init_weights
 
 from rewriter.checkpoint.architecture import causal_lm_class
 from rewriter.checkpoint.gguf_header import scan
@@ -87,6 +96,54 @@ def read_model(
     model.hf_quantizer = None
     model.config.architectures = [type(model).__name__]
     return model, info
+
+
+def read_skeleton(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype | None, opened: Opened | None = None
+) -> PreTrainedModel | None:
+    """The model with zeros that take no memory instead of its weights: for questions about a graph.
+
+    None where it cannot be told from names and sizes alone that the file holds every weight; then
+    the model itself has to be read.
+    """
+    cls: type[PreTrainedModel] | None = causal_lm_class(config)
+    if cls is None:
+        return None
+    try:
+        with quiet(), quick_reading({} if opened is None else opened), no_init_weights():
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype or torch.float32)
+            model.tie_weights()
+            complete = _complete(path, model)
+    except Exception:  # reading the model itself will say what is wrong
+        return None
+    if not complete:
+        return None
+    for parameter in model.parameters():
+        parameter.data = _untouched(parameter)
+    model.config.architectures = [cls.__name__]
+    return model
+
+
+def _complete(path: Path, model: PreTrainedModel) -> bool:
+    """Whether the file has a tensor of the right size for every weight, by transformers' names."""
+    import gguf  # an optional dependency
+
+    reader = gguf.GGUFReader(path)
+    sizes = {t.name: int(t.n_elements) for t in reader.tensors}
+    kind = modeling_gguf_pytorch_utils.read_field(reader, "general.architecture")[0]
+    processors = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS
+    processor = processors.get(kind, modeling_gguf_pytorch_utils.TensorProcessor)(config={})
+    names = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map(model, processor)
+    stored = {name: sizes[key] for key, name in names.items() if key in sizes}
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    wanted = {n: p.numel() for n, p in model.named_parameters() if n not in tied}
+    return all(stored.get(name) == size for name, size in wanted.items())
+
+
+def _untouched(like: torch.Tensor) -> torch.Tensor:
+    """Zeros whose memory the system gives when they are written, which nobody does."""
+    kind = {2: np.int16, 4: np.int32, 8: np.int64}[like.element_size()]
+    return torch.from_numpy(np.zeros(tuple(like.shape), kind)).view(like.dtype)
 
 
 def _guarded(path: Path, what: str, auto: Any, opened: Opened | None = None) -> Any:

@@ -118,6 +118,21 @@ class Source:
         model.config.name_or_path = str(self.path)
         return model.eval()
 
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """A model with the graph of `model`, for questions that no weight decides.
+
+        Of a GGUF file it holds zeros that take no memory, after names and sizes of the stored
+        tensors were checked, since de-quantising takes longer than reading a graph. Of other
+        checkpoints it is the model. Raises InputError as `model`.
+        """
+        if self.kind == "gguf":
+            made = gguf.read_skeleton(self.path, self.config, self.dtype, self._opened)
+            if made is not None:
+                made.config.name_or_path = str(self.path)
+                return made.eval()
+        return self.model
+
     def _load_weights(self) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         assert self._weights is not None
         assert self._config_path is not None

@@ -44,7 +44,7 @@ def inspect(
         from rewriter.cli.show_sites import sites_view, summary
 
         with out.working("loading the model"):
-            model = source.model
+            model = source.skeleton
         with out.working("reading its graph"):
             found = find(model)
         if why is not None:

@@ -91,3 +91,9 @@ def test_two_files_in_one_directory(good: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(good.read_bytes())
     with pytest.raises(InputError, match="2 GGUF files; name one"):
         open_checkpoint(tmp_path)
+
+
+def test_a_skeleton_is_given_only_of_a_complete_file(good: Path) -> None:
+    """The tiny file lacks the tensors of its one layer: reading the model has to say so."""
+    with pytest.raises(InputError, match=r"tiny.gguf"):
+        _ = open_checkpoint(good).skeleton

@@ -10,6 +10,7 @@ import pytest
 
 from rewriter.api import Inspection, inspect
 from rewriter.checkpoint import open_checkpoint
+from rewriter.checkpoint.read import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +34,11 @@ def _as_a_person_has_it(generated_kernels: None) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     return open_checkpoint(asset("smollm2", "*.gguf"), dtype="float32").model.eval()
+
+
+@pytest.fixture
+def smollm2_source() -> Source:
+    return open_checkpoint(asset("smollm2", "*.gguf"))
 
 
 @pytest.fixture(scope="session")

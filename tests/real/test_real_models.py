@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from rewriter.api import Inspection, report_of, rewrite
+from rewriter.api import Inspection, inspect, report_of, rewrite
+from rewriter.checkpoint.read import Source
 from rewriter.passes.examples import examples_for
 from rewriter.passes.realise import Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
@@ -215,3 +216,18 @@ def test_mlp_mixers_pass_every_contract(mixer: str, smollm2: Any) -> None:
     student = rewrite(smollm2, {"rules": [rule]}, verify="quick", calibration=calls)
     outcomes = [(r.number, r.outcome) for r in report_of(student).contracts]
     assert {number for number, outcome in outcomes if outcome == "pass"} >= {1, 3, 4, 5, 6, 7}
+
+
+def test_a_skeleton_shows_the_same(
+    smollm2_source: Source, smollm2: Any, smollm2_found: Inspection
+) -> None:
+    """A GGUF file is inspected without its weights: names and sizes, zeros for values."""
+    bare = smollm2_source.skeleton
+    assert "model" not in vars(smollm2_source)  # nothing was de-quantised
+    assert {k: v.shape for k, v in bare.state_dict().items()} == {
+        k: v.shape for k, v in smollm2.state_dict().items()
+    }
+    assert not any(bool(p.any()) for p in bare.parameters())
+    found = inspect(bare)
+    assert found.sites == smollm2_found.sites and found.misses == smollm2_found.misses
+    assert found.mlps == smollm2_found.mlps
