@@ -34,10 +34,16 @@ def main() -> None:
     parser.add_argument("--full", type=int, default=8, help="layers that may stay full")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=120)
+    parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plan", type=Path, default=Path("out/searched-plan.json"))
+    parser.add_argument(
+        "--compare",
+        default="0,7,14,18,19,20,23,24",
+        help="full layers of a placement to judge beside the searched one; the default is the one "
+        "a person reached from a scan of single layers",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console()
@@ -49,7 +55,7 @@ def main() -> None:
         source.model, sites, [Candidate("sink_window", window), Candidate("keep", {}, 1.0)]
     )
     objective = Objective(corpus.train.ids.flatten(), Probes())
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     result = search(
         space,
         objective,
@@ -58,23 +64,29 @@ def main() -> None:
         note=console.print,
     )
     minutes = (time.perf_counter() - began) / 60
+    processor = (time.process_time() - spent) / 60
     options.plan.parent.mkdir(parents=True, exist_ok=True)
     result.plan.save(options.plan)
     figures = options.plan.with_name("search.json")
     figures.write_text(json.dumps(result.to_json("layers with full attention"), indent=1))
     kept = [d.index for d in result.plan.decisions if d.target == "keep"]
     console.print(
-        f"{this_machine().describe()}: searched {minutes:.1f} minutes, "
+        f"{this_machine().describe()}: searched {minutes:.1f} minutes "
+        f"({processor:.1f} of processor time on {options.threads} threads), "
         f"{len(result.measured)} assignments measured; full attention at {kept}"
     )
     uniform = [0] * len(space.sites)
     for n in range(options.full):
         uniform[n * len(uniform) // options.full] = 1
+    by_hand = [0] * len(space.sites)
+    for index in options.compare.split(","):
+        by_hand[int(index)] = 1
     suite = SuiteOptions(rows=4, copy_samples=6, metrics=("perplexity", "copy"))
     held_out = corpus.held_out.ids
     columns = {"full attention": measure(source.model, source.tokenizer, held_out, options=suite)}
     placements = {
         "uniform": uniform,
+        "compared": by_hand,
         "rounded": result.relaxed.picks,
         "searched": result.best.picks,
     }

@@ -13,6 +13,7 @@ from rewriter.errors import RewriterError
 
 if TYPE_CHECKING:
     from rewriter.api import inspect, make_plan_for, plan_of, report_of, rewrite
+    from rewriter.budgets import budget
     from rewriter.checkpoint.load import load
     from rewriter.dynamo.report import CompileReport
 
@@ -24,6 +25,7 @@ except PackageNotFoundError:  # running from an uninstalled tree
 # Loaded on first use: importing torch and transformers takes seconds, `rewriter --help` should not.
 _HOMES = {
     "CompileReport": "rewriter.dynamo.report",
+    "budget": "rewriter.budgets",
     "inspect": "rewriter.api",
     "load": "rewriter.checkpoint.load",
     "make_plan_for": "rewriter.api",
@@ -36,6 +38,7 @@ __all__ = [
     "CompileReport",
     "RewriterError",
     "__version__",
+    "budget",
     "inspect",
     "load",
     "make_plan_for",

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
+from rewriter.budgets import Budget
 from rewriter.checkpoint.guard import guard, guarded_plan
 from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.ir.site import NearMiss
 from rewriter.mixers.channel.base import Projection
 from rewriter.passes.exact import linears, padding
-from rewriter.passes.examples import calls_of, examples_for
+from rewriter.passes.examples import Examples, calls_of, examples_for
 from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
 from rewriter.passes.realise.channel import example_calls, rewrite_mlps, superseded
@@ -24,12 +26,13 @@ from rewriter.passes.step import attach
 from rewriter.passes.verify import Level, MlpProof, SiteProof, prove_mlps, prove_sites
 from rewriter.passes.verify import verify as run_contracts
 from rewriter.plan import Plan
+from rewriter.planner.budgeting import plan_under
 from rewriter.policy import Policy, make_plan
 from rewriter.report import Report
 
 M = TypeVar("M", bound=nn.Module)
 OnMiss = Literal["error", "warn", "ignore"]
-PolicyLike = Policy | str | Path | Mapping[str, Any]
+PolicyLike = Policy | Budget | str | Path | Mapping[str, Any]
 REPORT = "_rewrite_report"
 
 
@@ -48,7 +51,7 @@ def rewrite(
 
     Args:
         model: any `nn.Module`; it is not changed. The result shares its parameters.
-        policy: a preset name, a YAML file, a dict, a `Policy`, or a `Plan` to replay.
+        policy: a preset name, a YAML file, a dict, a `Policy`, a budget, or a `Plan` to replay.
         example_inputs: tensor, tuple or dict to call the model with; derived from the config of
             Hugging Face models by default.
         on_miss: what to do about attention-like blocks that were not understood.
@@ -56,7 +59,8 @@ def rewrite(
         length: tokens at which the rewrite must not be slower than the original.
         force: accept a rewrite that is slower at `length`.
         calibration: calls of the model (as `example_inputs`) whose activations decide what a
-            channel mixer keeps; the example call by default, whose tokens are random.
+            channel mixer keeps; the example call by default, whose tokens are random. A budget is
+            measured on their tokens.
 
     Returns:
         A model of the same kind. `report_of(result)` is the report, `plan_of(result)` the plan.
@@ -75,6 +79,10 @@ def rewrite(
         found = find(model, examples, isinstance(wanted, Policy) and wanted.linears)
         clock.lap("find")
         _mind_misses(found.misses, on_miss)
+        if isinstance(wanted, Policy) and wanted.budget is not None and found.sites:
+            stream = _tokens_of(calibration, examples)
+            wanted = plan_under(model, found.sites, wanted.budget, stream, examples=examples).plan
+            clock.lap("search")
         plan = _plan(wanted, found)
         caches: Caches = {}
         identity, proofs = prove_sites(model, found.sites, examples, caches)
@@ -177,6 +185,22 @@ def _plan(wanted: Policy | Plan, found: Inspection) -> Plan:
 def _plan_of(policy: Policy, found: Inspection) -> Plan:
     plan = make_plan(policy, found.sites, found.misses, found.mlps)
     return plan.model_copy(update={"linears": list(found.linears)})
+
+
+def _tokens_of(calibration: Sequence[Any], examples: Examples) -> torch.Tensor:
+    """(tokens,) the token ids of all calls, one after the other."""
+    ids = [
+        tensor.flatten()
+        for inputs in calibration
+        for call in calls_of(inputs)
+        for tensor in [call.kwargs.get(examples.tokens or "", next(iter(call.args), None))]
+        if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point()
+    ]
+    if not ids:
+        raise UsageError(
+            "a budget is measured on text: pass calibration=[...] with (rows, tokens) token ids"
+        )
+    return torch.cat(ids).cpu()
 
 
 def _beside_mlps(plan: Plan) -> Plan:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from rewriter import targets
+from rewriter.budgets import Budget
 from rewriter.documents import Document, Location, did_you_mean, explain, parse, read_text
 from rewriter.errors import NoSiteError, UsageError
 from rewriter.ir.mlp import MlpSite
@@ -118,6 +119,7 @@ class Policy(_Strict):
             the same function.
         packed: layers of encoders leave padding out of their computation; their outputs at padded
             positions are 0, those at tokens stay the same.
+        budget: instead of rules: what may be spent; the plan is then searched and measured.
     """
 
     name: str = ""
@@ -127,15 +129,24 @@ class Policy(_Strict):
     minimum_sites: int = Field(default=1, ge=0)
     linears: bool = False
     packed: bool = False
+    budget: Budget | None = None
+
+    @model_validator(mode="after")
+    def _rules_or_budget(self) -> Policy:
+        if self.budget is not None and (self.rules or self.default != "keep"):
+            raise ValueError("a budget decides every site: remove 'rules' and 'default', or it")
+        return self
 
     @classmethod
-    def load(cls, source: str | Path | Mapping[str, Any] | Policy) -> Policy:
-        """A policy from a preset name, a YAML or JSON file, a mapping, or a policy.
+    def load(cls, source: str | Path | Mapping[str, Any] | Budget | Policy) -> Policy:
+        """A policy from a preset name, a YAML or JSON file, a mapping, a budget, or a policy.
 
         Raises:
             UsageError: no such preset or file, or the content is not a valid policy; the message
                 names file, line and column.
         """
+        if isinstance(source, Budget):
+            source = cls(name="budget", budget=source)
         if isinstance(source, Policy):
             _check_targets(source, Document("policy", None))
             return source
@@ -191,6 +202,12 @@ def make_plan(
             mixer, or options that the mixer does not accept.
     """
     resolved = _check_targets(policy, Document("policy", None))
+    if policy.budget is not None:
+        raise UsageError(
+            f"the policy '{policy.name or 'given'}' is a budget, whose plan has to be measured on "
+            "text: pass calibration=[token rows] to rewriter.rewrite, or run "
+            "'rewriter plan --text FILE' and convert with its plan"
+        )
     if len(sites) < policy.minimum_sites:
         raise NoSiteError(_too_few(policy, sites, misses))
     for number, rule in enumerate(policy.rules):
@@ -244,6 +261,8 @@ def _check_targets(policy: Policy, document: Document) -> list[targets.Found]:
         (("rules", i), rule.use, rule.options, rule.site == "mlp" and rule.use != "keep")
         for i, rule in enumerate(policy.rules)
     ]
+    for i, choice in enumerate(policy.budget.choices if policy.budget is not None else ()):
+        wanted.append((("budget", "choices", i), choice.use, choice.options, False))
     out = []
     for base, name, options, channel in [*wanted, ((), policy.default, {}, False)]:
         target = (targets.resolve_channel if channel else targets.resolve)(name, options)

@@ -27,7 +27,7 @@ ORDER = (
     ("rewriter.backends",),
     ("rewriter.mixers",),
     ("rewriter.targets", "rewriter.plan"),
-    ("rewriter.policy", "rewriter.policies"),
+    ("rewriter.budgets", "rewriter.policy", "rewriter.policies"),
     ("rewriter.passes",),
     (
         "rewriter.report",

@@ -11,6 +11,8 @@ import typer
 from rewriter.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from rewriter.checkpoint.read import Source
     from rewriter.plan import Plan
 
@@ -99,6 +101,14 @@ def documents(paths: Sequence[Path]) -> list[str]:
     if not paths:
         raise UsageError("give at least one text with --text FILE")
     return [text for path in paths for text in read_texts(path)]
+
+
+def token_stream(tokenizer: Any, paths: Sequence[Path]) -> torch.Tensor:
+    """(tokens,) int64: the tokens of all texts, one after the other."""
+    import torch
+
+    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in documents(paths)]
+    return torch.tensor([i for part in ids for i in part], dtype=torch.int64)
 
 
 def same_tokens(teacher: Any, student: Any, sample: str) -> None:

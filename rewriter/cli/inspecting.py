@@ -1,4 +1,4 @@
-"""`rewriter inspect` and `rewriter plan`: what is there, and what would be done."""
+"""`rewriter inspect`: what is there, and what was not understood."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rewriter.cli.checkpoints import Checkpoint, open_original, open_source, stored_plan
+from rewriter.cli.checkpoints import Checkpoint, open_source, stored_plan
 from rewriter.cli.session import Json, Session, Threads, Traceback, session
 from rewriter.errors import NoSiteError, UsageError
 
@@ -67,38 +67,6 @@ def inspect(
                 "summary": summary(found.sites, found.misses),
             }
         )
-
-
-def plan(
-    checkpoint: Checkpoint,
-    policy: Annotated[
-        str, typer.Option(help="Name of a shipped policy, or a YAML file.", show_default=False)
-    ],
-    to: Annotated[
-        Path | None, typer.Option("--out", help="Write the plan as JSON, to edit and replay.")
-    ] = None,
-    as_json: Json = False,
-    threads: Threads = None,
-    traceback: Traceback = False,
-) -> None:
-    """Show what a policy would do to a model, site by site, without doing it."""
-    with session(as_json, threads) as out:
-        from rewriter.api import make_plan_for
-        from rewriter.cli.show_plan import plan_view
-        from rewriter.policy import Policy
-
-        wanted = Policy.load(policy)
-        source = open_original(checkpoint)
-        with out.working("loading the model"):
-            model = source.model
-        with out.working("reading its graph"):
-            made, _ = make_plan_for(model, wanted)
-        if to is not None:
-            made.save(to)
-        out.show(*plan_view(made))
-        if to is not None:
-            out.show("", f"written to {to}; carry it out with 'rewriter convert --plan {to}'")
-        out.result(made.to_json())
 
 
 def _show_rewritten(out: Session, checkpoint: Path, why: str | None) -> None:

@@ -15,8 +15,11 @@ from rewriter.cli.distilling import distill
 from rewriter.cli.evaluating import evaluate
 from rewriter.cli.generating import generate
 from rewriter.cli.guard import GuardedGroup
-from rewriter.cli.inspecting import inspect, plan
+from rewriter.cli.inspecting import inspect
+from rewriter.cli.planning import plan
+from rewriter.cli.profiling import profile
 from rewriter.cli.reporting import report
+from rewriter.cli.sensing import sensitivity
 
 app = typer.Typer(
     name="rewriter",
@@ -50,7 +53,12 @@ _add(
     "rewriter inspect ./SmolLM2-135M-Instruct.Q4_1.gguf",
     "rewriter inspect ./model --why model.layers.3.self_attn",
 )
-_add(plan, "plan", "rewriter plan ./model --policy hybrid --out plan.json")
+_add(
+    plan,
+    "plan",
+    "rewriter plan ./model --policy hybrid --out plan.json",
+    "rewriter plan ./model --latency 0.5x --context 8192 --text book.txt --out plan.json",
+)
 _add(
     convert,
     "convert",
@@ -78,6 +86,17 @@ _add(
     "bench",
     "rewriter bench --only dense,linear --lengths 1024,4096",
     "rewriter bench --dtype bfloat16 --threads 2 --out figures.json --plot figures.svg",
+)
+_add(
+    profile,
+    "profile",
+    "rewriter profile ./model",
+    "rewriter profile --device h100-sxm-80gb",
+)
+_add(
+    sensitivity,
+    "sensitivity",
+    "rewriter sensitivity ./model --text book.txt --out sensitivities.json",
 )
 _add(report, "report", "rewriter report convert.json eval.json figures.json --out report.html")
 

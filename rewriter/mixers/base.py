@@ -29,7 +29,7 @@ from torch import nn
 from rewriter import generation
 from rewriter.errors import UnsupportedError
 from rewriter.ir.site import AttentionSite
-from rewriter.ir.state import State, StateSpec
+from rewriter.ir.state import TOKENS, State, StateSpec
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.tokens import Tokens
 
@@ -124,6 +124,12 @@ class Mixer(nn.Module):
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         """Multiply-adds times two of the core for B rows of N tokens, over the state symbols."""
         raise NotImplementedError
+
+    @classmethod
+    def step_flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        """The same of one new token in each of B rows, the last of N."""
+        whole = cls.flops(site, options)
+        return sympy.expand(whole - whole.subs(TOKENS, TOKENS - 1))
 
     @classmethod
     def limit_options(cls, options: MixerOptions, tokens: int) -> MixerOptions | None:

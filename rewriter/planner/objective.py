@@ -1,6 +1,7 @@
 """What a search minimises: the plain loss on text and the loss on repeats of text long past.
 
-Perplexity alone hardly notices that a model cannot look back, so both are always measured.
+Perplexity alone hardly notices that a model cannot look back, so both are always measured. A probe
+is a passage, other text and the passage again, so that one row gives both losses.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Score:
     """Mean losses in nats a token.
 
     Attributes:
-        text: on the scored half of plain text rows.
+        text: on the text between a passage and its repeat.
         copy: on passages that stood far back.
     """
 
@@ -47,14 +48,12 @@ class Probes:
         passage: tokens that are repeated.
         gap: least and most tokens between a passage and its repeat, drawn for each draw.
         skip: tokens of the repeat that are not scored.
-        text: tokens of a plain row, of which the second half is scored.
-        samples: rows of each kind in one draw.
+        samples: rows in one draw.
     """
 
     passage: int = 100
     gap: tuple[int, int] = (200, 700)
     skip: int = 10
-    text: int = 512
     samples: int = 1
 
 
@@ -74,7 +73,7 @@ class Objective:
     copy_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        need = max(self.probes.passage + self.probes.gap[1], self.probes.text)
+        need = self.probes.passage + self.probes.gap[1]
         if self.stream.numel() < need:
             raise InputError(
                 f"the search needs a text of at least {need} tokens; this one has "
@@ -86,12 +85,13 @@ class Objective:
         p = self.probes
         rng = random.Random(draw)
         gap = rng.randint(*p.gap)
-        copies = copy_rows(self.stream, p.samples, p.passage, gap, seed=draw)
-        starts = [rng.randint(0, self.stream.numel() - p.text) for _ in range(p.samples)]
-        rows = torch.stack([self.stream[s : s + p.text] for s in starts])
+        rows = copy_rows(self.stream, p.samples, p.passage, gap, seed=draw)
+        logits = logits_of(model, rows)
+        far = p.passage + gap
+        # the first tokens of the other text are left out too: nothing leads up to them
         return (
-            _loss(model, rows, p.text // 2),
-            _loss(model, copies, p.passage + gap + p.skip),
+            _loss(logits, rows, p.passage + min(p.skip, gap - 1), far),
+            _loss(logits, rows, far + p.skip, far + p.passage),
         )
 
     def total(self, model: nn.Module, draw: int) -> torch.Tensor:
@@ -112,8 +112,8 @@ class Objective:
         return score.text + self.copy_weight * score.copy
 
 
-def _loss(model: nn.Module, rows: torch.Tensor, start: int) -> torch.Tensor:
-    """Mean loss of predicting the tokens from position `start` on."""
-    logits = logits_of(model, rows)[:, start - 1 : -1]
-    targets = rows[:, start:].to(logits.device)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def _loss(logits: torch.Tensor, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Mean loss of predicting the tokens at positions `start` to `stop` - 1."""
+    targets = rows[:, start:stop].to(logits.device)
+    kept = logits[:, start - 1 : stop - 1]
+    return F.cross_entropy(kept.flatten(0, 1).float(), targets.flatten())

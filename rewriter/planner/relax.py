@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rewriter.planner.knapsack import knapsack
 from rewriter.planner.objective import Objective
 from rewriter.planner.space import SearchSpace
 
 Note = Callable[[str], None]
 
 
-def relaxed_picks(
+def relaxed_harms(
     space: SearchSpace,
     objective: Objective,
     budget: float,
@@ -28,8 +27,11 @@ def relaxed_picks(
     rate: float = 0.3,
     temperatures: tuple[float, float] = (1.0, 0.1),
     note: Note = lambda text: None,
-) -> tuple[int, ...]:
-    """Learn the weights for `steps` probes and return the best assignment within the budget."""
+) -> list[list[float]]:
+    """Learn the weights for `steps` probes; their logits, negated, rank the candidates of a site.
+
+    The sum of an assignment's harms is what a knapsack minimises; it has no unit.
+    """
     logits = [torch.zeros(len(row), requires_grad=True) for row in space.candidates]
     optimiser = torch.optim.Adam(logits, lr=rate, betas=(0.8, 0.95))
     costs = [torch.tensor(row) for row in space.costs]
@@ -44,10 +46,7 @@ def relaxed_picks(
         optimiser.step()
         note(f"relaxed step {step + 1} of {steps}: loss {float(loss.detach()):.3f}")
     with torch.no_grad():
-        harms = [(-row).tolist() for row in logits]
-    picks = knapsack(harms, space.costs, budget).picks
-    space.use(picks)
-    return picks
+        return [(-row).tolist() for row in logits]
 
 
 def slopes(

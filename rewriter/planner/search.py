@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from rewriter.errors import UsageError
 from rewriter.mixers import registry
 from rewriter.plan import Decision, Plan, tool_version
+from rewriter.planner.knapsack import knapsack
 from rewriter.planner.objective import Objective, Score
 from rewriter.planner.refine import Judge, Measured, refine
-from rewriter.planner.relax import relaxed_picks
+from rewriter.planner.relax import relaxed_harms
 from rewriter.planner.space import SearchSpace
 
 
@@ -20,15 +24,20 @@ class SearchOptions:
 
     Attributes:
         steps: gradient steps of the relaxed search.
-        trials: measured exchanges after it.
-        draws: probes every exchange is measured on; they are not used by the relaxed steps.
+        trials: exchanges tried after it; one that is clearly worse is given up after two probes.
+        draws: probes an exchange is measured on; they are not used by the relaxed steps.
         seed: of the random exchanges.
     """
 
     steps: int = 40
-    trials: int = 40
-    draws: int = 4
+    trials: int = 120
+    draws: int = 8
     seed: int = 0
+
+    @property
+    def probes(self) -> range:
+        """Draws that measure assignments; the relaxed steps use others."""
+        return range(10_000, 10_000 + self.draws)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class SearchResult:
         cost: of the best assignment.
         budget: largest cost that was allowed.
         costs: of every measured assignment.
+        judge: measures further assignments on the same probes.
     """
 
     plan: Plan
@@ -53,6 +63,7 @@ class SearchResult:
     cost: float
     budget: float
     costs: tuple[float, ...]
+    judge: Judge = field(repr=False, compare=False)
 
     def to_json(self, unit: str = "") -> dict[str, Any]:
         """Plain values, as a result page reads them; `unit` names the unit of the costs."""
@@ -73,25 +84,36 @@ def search(
     budget: float,
     options: SearchOptions | None = None,
     note: Callable[[str], None] = lambda text: None,
+    kinds: int | None = None,
 ) -> SearchResult:
     """Find the assignment of least measured loss whose cost is within the budget.
 
     Args:
         budget: largest sum of the candidates' costs, in their unit.
         note: called with one line of progress now and then.
+        kinds: most different mixers in the result, options aside.
 
     Raises:
         UsageError: nothing fits the budget.
     """
     chosen = options or SearchOptions()
-    start = relaxed_picks(space, objective, budget, steps=chosen.steps, note=note)
-    judge = Judge(space, objective, range(10_000, 10_000 + chosen.draws))
+    harms = relaxed_harms(space, objective, budget, steps=chosen.steps, note=note)
+    start, names = _rounded(space, harms, budget, kinds)
+    judge = Judge(space, objective, chosen.probes)
     relaxed = judge(start)
     note(
         f"rounded: copy perplexity {relaxed.score.copy_perplexity:.3f}, "
         f"perplexity {relaxed.score.perplexity:.2f}"
     )
-    best = refine(judge, start, budget, trials=chosen.trials, seed=chosen.seed, note=note)
+    best = refine(
+        judge,
+        start,
+        budget,
+        trials=chosen.trials,
+        seed=chosen.seed,
+        allowed=lambda picks: names is None or mixers_of(space, picks) <= names,
+        note=note,
+    )
     space.use(best.picks)
     measured = tuple(judge.measured)
     return SearchResult(
@@ -102,7 +124,39 @@ def search(
         cost=space.cost(best.picks),
         budget=budget,
         costs=tuple(space.cost(m.picks) for m in measured),
+        judge=judge,
     )
+
+
+def mixers_of(space: SearchSpace, picks: Sequence[int]) -> frozenset[str]:
+    """Names of the mixers that an assignment uses."""
+    return frozenset(row[p].mixer for row, p in zip(space.candidates, picks, strict=True))
+
+
+def _rounded(
+    space: SearchSpace, harms: list[list[float]], budget: float, kinds: int | None
+) -> tuple[tuple[int, ...], frozenset[str] | None]:
+    """The knapsack's assignment with at most `kinds` mixers, and which ones; None: any."""
+    every = sorted({c.mixer for row in space.candidates for c in row})
+    if kinds is None or kinds >= len(every):
+        return knapsack(harms, space.costs, budget).picks, None
+    best, names = None, None
+    for chosen in itertools.combinations(every, kinds):
+        masked = [
+            [h if c.mixer in chosen else math.inf for h, c in zip(hs, cs, strict=True)]
+            for hs, cs in zip(harms, space.candidates, strict=True)
+        ]
+        try:
+            found = knapsack(masked, space.costs, budget)
+        except UsageError:
+            continue
+        if best is None or found.harm < best.harm:
+            best, names = found, frozenset(chosen)
+    if best is None:
+        raise UsageError(
+            f"no choice of {kinds} mixers fits the budget at every site; allow more kinds"
+        )
+    return best.picks, names
 
 
 def _plain(score: Score) -> dict[str, float]:

@@ -7,8 +7,10 @@ differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ class Candidate:
     cost: float = 0.0
 
 
+Observer = Callable[..., None]  # called with the cores and the arguments of a call
+
+
 class CandidateCores(nn.Module):
     """All candidate cores of one site; runs the picked one, or their weighted sum.
 
@@ -46,6 +51,7 @@ class CandidateCores(nn.Module):
         self.cores = nn.ModuleList(cores)
         self.pick = 0
         self.weights: torch.Tensor | None = None
+        self.observer: Observer | None = None
 
     def forward(
         self,
@@ -59,6 +65,8 @@ class CandidateCores(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         if cache is not None:
             raise UsageError("a model under search runs without a cache; pass use_cache=False")
+        if self.observer is not None:
+            self.observer(self, q, k, v, terms, hidden)
         if self.weights is None:
             return self.cores[self.pick](q, k, v, terms, hidden=hidden)[0], None
         outputs = [
@@ -104,6 +112,17 @@ class SearchSpace:
         for core, pick in zip(self._cores, picks, strict=True):
             core.weights, core.pick = None, pick
 
+    @contextmanager
+    def observed(self, observer: Callable[..., None]) -> Iterator[None]:
+        """Inside, `observer(number of the site, cores, q, k, v, terms, hidden)` sees every call."""
+        for number, core in enumerate(self._cores):
+            core.observer = partial(observer, number)
+        try:
+            yield
+        finally:
+            for core in self._cores:
+                core.observer = None
+
     def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """Run weighted sums: one vector over the candidates of each site."""
         for core, row in zip(self._cores, weights, strict=True):
@@ -115,12 +134,14 @@ def open_space(
     sites: Sequence[AttentionSite],
     candidates: Sequence[Candidate],
     examples: Examples | None = None,
+    cost: Callable[[AttentionSite, Candidate], float] | None = None,
 ) -> SearchSpace:
     """Put all candidates into every site of a copy of `model` that shares its parameters.
 
     Args:
         sites: as `rewriter.inspect` found them.
         candidates: for every site; a site keeps those whose mixer does not refuse it.
+        cost: of a candidate at a site, in place of the candidate's own figure.
 
     Raises:
         NoSiteError: no site has two candidates.
@@ -132,6 +153,10 @@ def open_space(
         raise NoSiteError(
             "no site has a choice: every candidate but one refuses it; name other mixers"
         )
+    if cost is not None:
+        for site in free:
+            row = allowed[site.index]
+            allowed[site.index] = [replace(c, cost=cost(site, c)) for c in row]
     first = [_target(site, allowed[site.index][0]) for site in free]
     examples = examples if examples is not None else examples_for(model)
     copy = share_parameters(model)

@@ -288,3 +288,53 @@ def test_in_a_process_of_its_own(tiny: Path) -> None:
     )
     assert len(json.loads(done.stdout)["sites"]) == 2
     assert done.stderr == ""
+
+
+def test_profile_shows_named_devices_and_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run("profile", "--device", "h100-sxm-80gb")
+    assert out.exit_code == 0 and "NVIDIA H100" in out.stdout
+    assert "a100-sxm-80gb" in failed(run("profile", "--device", "h900"), 2)
+    assert "--clock" in failed(run("profile", "--clock", "sun"), 2)
+
+    from rewriter.planner import profiling
+
+    small = profiling.ProfileOptions(
+        rows=(1, 4), matrices=((16, 16),), mixers=(("fused", {}),), heads=((2, 1, 16, 16),),
+        hidden=32, prefill=(8,), decode=(8,), seconds=0.0, pool=4096,
+    )  # fmt: skip
+    real = profiling.profile
+    monkeypatch.setattr(profiling, "profile", lambda options, note: real(small, note))
+    data = run_json("profile", "--out", tmp_path / "p.json")
+    assert data == json.loads((tmp_path / "p.json").read_text())
+    assert "cores, ms a token" in run("profile", "--device", tmp_path / "p.json").stdout
+
+
+@pytest.mark.usefixtures("known")
+def test_plan_under_a_budget(tiny: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "budget.yaml"
+    file.write_text("budget: {memory: 0.6x, context: 4096, steps: 1, trials: 0, draws: 1}\n")
+    plan = tmp_path / "plan.json"
+    out = run("plan", tiny, "--policy", file, "--text", text, "--out", plan)
+    assert out.exit_code == 0, out.stderr
+    assert "at most 0.6 x that of the exact model" in out.stdout
+    assert "sums of single harms" in out.stdout
+    targets = [d["target"] for d in json.loads(plan.read_text())["decisions"]]
+    assert sorted(targets) == ["fused", "sink_window"]
+    assert "--text" in failed(run("plan", tiny, "--memory", "0.6x"), 2)
+    assert "not both" in failed(run("plan", tiny, "--policy", "hybrid", "--memory", "1 MiB"), 2)
+    assert "--latency" in failed(run("plan", tiny), 2)
+    assert "is no memory" in failed(run("plan", tiny, "--memory", "lots", "--text", text), 2)
+
+
+@pytest.mark.usefixtures("known")
+def test_sensitivity(tiny: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    out = run("sensitivity", tiny, "--text", text, "--rows", 1, "--out", file, "--heads")
+    assert out.exit_code == 0, out.stderr
+    assert "sink_window window=64 sinks=4: nats a token" in out.stdout
+    assert len(json.loads(file.read_text())["sites"]) == 2
+    assert "--text" in failed(run("sensitivity", tiny), 2)
+    wrong = run("sensitivity", tiny, "--text", text, "--candidate", "sink_window:windw=4")
+    assert "did you mean" in failed(wrong, 2)

@@ -16,6 +16,8 @@ COMMANDS = (
     "generate",
     "mixers",
     "bench",
+    "profile",
+    "sensitivity",
     "report",
 )
 

@@ -21,6 +21,10 @@ class WindowOptions(MixerOptions):
     sinks: int = Field(default=4, ge=0)
 
 
+class HeadOptions(WindowOptions):
+    full: tuple[int, ...] = (0,)
+
+
 class HybridOptions(WindowOptions):
     initial_log_ratio: float = -6.0
 
@@ -47,6 +51,8 @@ def stub_registry() -> ModuleType:
         "keep": _mixer("keep", "exact", NoOptions, *both),
         "fused": _mixer("fused", "exact", NoOptions, *both),
         "sink_window": _mixer("sink_window", "approximate", WindowOptions, *both),
+        "duo": _mixer("duo", "approximate", HeadOptions, "causal"),
+        "mamba2": _mixer("mamba2", "distilled", NoOptions, "causal"),
         "hedgehog": _mixer("hedgehog", "distilled", NoOptions, *both),
         "hedgehog_window": _mixer("hedgehog_window", "distilled", HybridOptions, "causal"),
     }
@@ -68,5 +74,6 @@ def make_site(index: int, causal: bool = True, **changes: object) -> AttentionSi
         "source": Source("scaled_dot_product_attention", f"model.layers.{index}.self_attn"),
         "position": "rotary",
         "rotary_dim": 16,
+        "hidden_dim": 64,
     }
     return AttentionSite(**{**values, **changes})  # type: ignore[arg-type]

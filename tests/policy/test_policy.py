@@ -20,6 +20,9 @@ PRESETS = {
     "smollm2-hybrid",
     "encoder-hybrid",
     "exact",
+    "five-to-one",
+    "one-in-eight",
+    "retrieval-heads",
 }
 
 

@@ -64,7 +64,12 @@ class Keep(Mixer):
 
     @classmethod
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        """Of all pairs: whether hidden ones are skipped is up to the operator that is replayed."""
         return 2 * BATCH * HEADS * TOKENS**2 * (KEY_DIM + VALUE_DIM)
+
+    @classmethod
+    def step_flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
+        return 2 * BATCH * HEADS * TOKENS * (KEY_DIM + VALUE_DIM)
 
     def forward(
         self,

@@ -29,6 +29,7 @@ from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM
 from rewriter.mixers.base import MixerInfo, MixerOptions
 from rewriter.mixers.linear.features import map_pair
 from rewriter.mixers.linear.hedgehog import feature_dim, refuse_map
+from rewriter.mixers.shared.pairs import causal_pairs
 from rewriter.mixers.shared.window import Windowed
 from rewriter.mixers.tokens import Tokens, run
 
@@ -85,8 +86,8 @@ class HedgehogWindow(Windowed):
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         assert isinstance(options, HedgehogWindowOptions)
         width = feature_dim(site, options)
-        keys = sympy.Min(TOKENS, options.window + options.sinks)
-        near = 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
+        pairs = causal_pairs(options.window + options.sinks)
+        near = 2 * BATCH * HEADS * pairs * (KEY_DIM + VALUE_DIM)
         maps = 2 * BATCH * (HEADS + KV_HEADS) * TOKENS * KEY_DIM * width
         return near + maps + 4 * BATCH * HEADS * TOKENS * 2 * width * (VALUE_DIM + 1)
 

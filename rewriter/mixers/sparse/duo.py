@@ -22,7 +22,6 @@ from rewriter.ir.state import (
     HEADS,
     KEY_DIM,
     KV_HEADS,
-    TOKENS,
     VALUE_DIM,
     State,
     StateSpec,
@@ -30,6 +29,7 @@ from rewriter.ir.state import (
 )
 from rewriter.mixers.base import MixerInfo, MixerOptions
 from rewriter.mixers.shared.keys import all_keys, key_state, with_score_terms
+from rewriter.mixers.shared.pairs import causal_pairs
 from rewriter.mixers.shared.refusals import plain_scores
 from rewriter.mixers.shared.window import Windowed
 from rewriter.mixers.tokens import Tokens, attend, run
@@ -92,9 +92,9 @@ class Duo(Windowed):
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         assert isinstance(options, DuoOptions)
         share = sympy.Integer(len(set(options.full))) / KV_HEADS
-        near = sympy.Min(TOKENS, options.window + options.sinks)
-        keys = share * TOKENS / 2 + (1 - share) * near
-        return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
+        near = causal_pairs(options.window + options.sinks)
+        pairs = share * causal_pairs() + (1 - share) * near
+        return 2 * BATCH * HEADS * pairs * (KEY_DIM + VALUE_DIM)
 
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         out = x.v.new_zeros(*x.q.shape[:3], x.v.shape[-1])

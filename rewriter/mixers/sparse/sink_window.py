@@ -18,6 +18,7 @@ from rewriter.ir.mask import Causal, KeyPadding, SymmetricWindow, Window
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM, State
 from rewriter.mixers.base import MixerInfo, MixerOptions
+from rewriter.mixers.shared.pairs import causal_pairs
 from rewriter.mixers.shared.window import Windowed
 from rewriter.mixers.tokens import Tokens, run
 
@@ -73,9 +74,11 @@ class SinkWindow(Windowed):
     @classmethod
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         assert isinstance(options, SinkWindowOptions)
-        sides = 1 if site.kind == "causal" else 2
-        keys = sympy.Min(TOKENS, sides * options.window + options.sinks)
-        return 2 * BATCH * HEADS * TOKENS * keys * (KEY_DIM + VALUE_DIM)
+        if site.kind == "causal":
+            pairs = causal_pairs(options.window + options.sinks)
+        else:
+            pairs = TOKENS * sympy.Min(TOKENS, 2 * options.window + options.sinks)
+        return 2 * BATCH * HEADS * pairs * (KEY_DIM + VALUE_DIM)
 
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         return run(self.active(), x, bias=x.bias)
