@@ -55,13 +55,10 @@ static ALWAYS_INLINE vf multiply_add(vi a, vi b, vf c) {
 #endif
 }
 
-template <int M, int NV, class TA, class TB, class Start, class Finish>
-static ALWAYS_INLINE void tile(int row, int K, const TA* A, long ars, long acs, const TB* B,
-                               long ldb, Start start, Finish finish) {
-    vf acc[M][NV];
-    UNROLL for (int m = 0; m < M; ++m)
-        UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = start(row + m, v);
-    const TA* a = A + row * ars;
+// acc += A B: rows of A from `a`, K steps.
+template <int M, int NV, class TA, class TB>
+static ALWAYS_INLINE void accumulate(vf (&acc)[M][NV], int K, const TA* a, long ars, long acs,
+                                     const TB* B, long ldb) {
     for (int k = 0; k < K; ++k) {
         decltype(load(B)) b[NV];
         UNROLL for (int v = 0; v < NV; ++v) b[v] = load(B + v * LANES);
@@ -72,6 +69,15 @@ static ALWAYS_INLINE void tile(int row, int K, const TA* A, long ars, long acs, 
         a += acs;
         B += ldb;
     }
+}
+
+template <int M, int NV, class TA, class TB, class Start, class Finish>
+static ALWAYS_INLINE void tile(int row, int K, const TA* A, long ars, long acs, const TB* B,
+                               long ldb, Start start, Finish finish) {
+    vf acc[M][NV];
+    UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = start(row + m, v);
+    accumulate<M, NV>(acc, K, A + row * ars, ars, acs, B, ldb);
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int v = 0; v < NV; ++v) finish(row + m, v, acc[m][v]);
 }

@@ -65,6 +65,17 @@ static ALWAYS_INLINE View view(int n, const E* src, long rs, float* room, bool b
     return {room, DP};
 }
 
+// What a later chunk will touch: without this the hardware starts anew at every page.
+template <class E> static ALWAYS_INLINE void fetch(const E* p) { __builtin_prefetch(p, 0, 2); }
+
+// Lane l: the sum of t[l]. Overwrites t.
+static ALWAYS_INLINE vf sum_rows(vf* t) {
+    transpose_square(t);
+    UNROLL for (int d = LANES / 2; d; d /= 2)
+        UNROLL for (int l = 0; l < d; ++l) t[l] += t[l + d];
+    return t[0];
+}
+
 template <int DP> static ALWAYS_INLINE float dot(const float* a, const float* b) {
     vf s{};
     for (int c = 0; c < DP; c += LANES) s += load(a + c) * load(b + c);
@@ -85,20 +96,25 @@ template <int DP, class F> static ALWAYS_INLINE void panels(F f) {
     if constexpr (DP % PANEL != 0) f(std::integral_constant<int, 1>{}, c);
 }
 
-// gemm_onto with four tile heights instead of every one, since each costs compile time per product.
+// f(std::integral_constant<int, M>, row) for tiles of M rows: four heights instead of every one,
+// since each costs compile time per product.
+template <class F> static ALWAYS_INLINE void heights(int M, F f) {
+    int row = 0;
+    for (; M - row >= ROWS && (ROWS == 8 || M - row != 8); row += ROWS)
+        f(std::integral_constant<int, ROWS>{}, row);
+    for (; M - row >= 4; row += 4) f(std::integral_constant<int, 4>{}, row);
+    if (M - row >= 2) {
+        f(std::integral_constant<int, 2>{}, row);
+        row += 2;
+    }
+    if (M - row) f(std::integral_constant<int, 1>{}, row);
+}
 template <int NV, class Start, class Finish>
 static ALWAYS_INLINE void tiles(int M, int K, const float* A, long ars, long acs, const float* B,
                                 long ldb, Start start, Finish finish) {
-    int row = 0;
-    for (; M - row >= ROWS && (ROWS == 8 || M - row != 8); row += ROWS)
-        detail::tile<ROWS, NV>(row, K, A, ars, acs, B, ldb, start, finish);
-    for (; M - row >= 4; row += 4)
-        detail::tile<4, NV>(row, K, A, ars, acs, B, ldb, start, finish);
-    if (M - row >= 2) {
-        detail::tile<2, NV>(row, K, A, ars, acs, B, ldb, start, finish);
-        row += 2;
-    }
-    if (M - row) detail::tile<1, NV>(row, K, A, ars, acs, B, ldb, start, finish);
+    heights(M, [=](auto height, int row) INLINE_LAMBDA {
+        detail::tile<decltype(height)::value, NV>(row, K, A, ars, acs, B, ldb, start, finish);
+    });
 }
 
 // C[M x DP] = finish(row, column, A B): the sums stay in registers until then.
@@ -272,50 +288,75 @@ static void channel_lower(int n, const float* x, const float* y, const float* a,
         for (int j = 0; j < CP; j += LANES) {
             vf t[LANES];
             UNROLL for (int l = 0; l < LANES; ++l) t[l] = sums[i][j + l];
-            transpose_square(t);
-            UNROLL for (int d = LANES / 2; d; d /= 2)
-                UNROLL for (int l = 0; l < d; ++l) t[l] += t[l + d];
-            store(P + i * CP + j, t[0] * scale);
+            store(P + i * CP + j, sum_rows(t) * scale);
         }
 }
 
-// X = (1 + M)^-1 X in place, M strictly lower triangular: blocks of rows, the last step in them.
+// Rows of a read: finish(i, column, scale(i) * (x_i S) + sum_{j <= i} P_ij w_j [+ Q_ij u_j]) with
+// the sums in registers throughout. P and Q may be null.
+template <int DP, class Scale, class Finish>
+static ALWAYS_INLINE void read_rows(int n, int K, View x, const float* S, const float* P, View w,
+                                    const float* Q, View u, Scale scale, Finish finish) {
+    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
+        constexpr int NV = decltype(nv)::value;
+        heights(n, [&](auto height, int row) INLINE_LAMBDA {
+            constexpr int M = decltype(height)::value;
+            vf acc[M][NV];
+            UNROLL for (int m = 0; m < M; ++m)
+                UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
+            detail::accumulate<M, NV>(acc, K, x.p + row * x.rs, x.rs, 1, S + c, DP);
+            UNROLL for (int m = 0; m < M; ++m)
+                UNROLL for (int v = 0; v < NV; ++v) acc[m][v] *= scale(row + m);
+            if (P)
+                detail::accumulate<M, NV>(acc, row + M, P + row * CP, CP, 1, w.p + c, w.rs);
+            if (Q)
+                detail::accumulate<M, NV>(acc, row + M, Q + row * CP, CP, 1, u.p + c, u.rs);
+            UNROLL for (int m = 0; m < M; ++m)
+                UNROLL for (int v = 0; v < NV; ++v) finish(row + m, c + v * LANES, acc[m][v]);
+        });
+    });
+}
+
+// X = (1 + M)^-1 X in place, M strictly lower triangular: blocks of rows, each solved in registers.
 template <int DP> static void solve_lower(int n, const float* M, float* X) {
-    constexpr int B = 8;
-    for (int r = 0; r < n; r += B) {
-        int rows = n - r < B ? n - r : B;
-        float* x = X + r * DP;
-        if (r)
-            product_onto<DP>(
-                rows, r, M + r * CP, CP, 1, X, DP,
-                [=](int m, int c) INLINE_LAMBDA { return -load(x + m * DP + c); },
-                [=](int m, int c, vf s) INLINE_LAMBDA { store(x + m * DP + c, -s); });
-        for (int c = 0; c < DP; c += LANES)
-            for (int i = 1; i < rows; ++i) {
-                vf s = load(x + i * DP + c);
-                for (int j = 0; j < i; ++j) s -= M[(r + i) * CP + r + j] * load(x + j * DP + c);
-                store(x + i * DP + c, s);
-            }
-    }
+    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
+        constexpr int NV = decltype(nv)::value;
+        heights(n, [&](auto height, int row) INLINE_LAMBDA {
+            constexpr int H = decltype(height)::value;
+            float* x = X + row * DP + c;
+            const float* m = M + row * CP;
+            vf acc[H][NV];
+            UNROLL for (int i = 0; i < H; ++i)
+                UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = -load(x + i * DP + v * LANES);
+            detail::accumulate<H, NV>(acc, row, m, CP, 1, X + c, DP);
+            UNROLL for (int j = 0; j < H; ++j)
+                UNROLL for (int i = j + 1; i < H; ++i)
+                    UNROLL for (int v = 0; v < NV; ++v)
+                        acc[i][v] -= m[i * CP + row + j] * acc[j][v];
+            UNROLL for (int i = 0; i < H; ++i)
+                UNROLL for (int v = 0; v < NV; ++v) store(x + i * DP + v * LANES, -acc[i][v]);
+        });
+    });
 }
 
 // X = (1 + M)^-T X in place.
 template <int DP> static void solve_upper(int n, const float* M, float* X) {
-    constexpr int B = 8;
-    for (int r = (n - 1) / B * B; r >= 0; r -= B) {
-        int rows = n - r < B ? n - r : B, below = r + rows;
-        float* x = X + r * DP;
-        if (below < n)
-            product_onto<DP>(
-                rows, n - below, M + below * CP + r, 1, CP, X + below * DP, DP,
-                [=](int m, int c) INLINE_LAMBDA { return -load(x + m * DP + c); },
-                [=](int m, int c, vf s) INLINE_LAMBDA { store(x + m * DP + c, -s); });
-        for (int c = 0; c < DP; c += LANES)
-            for (int j = rows - 2; j >= 0; --j) {
-                vf s = load(x + j * DP + c);
-                for (int i = j + 1; i < rows; ++i)
-                    s -= M[(r + i) * CP + r + j] * load(x + i * DP + c);
-                store(x + j * DP + c, s);
-            }
-    }
+    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
+        constexpr int NV = decltype(nv)::value;
+        heights(n, [&](auto height, int above) INLINE_LAMBDA {
+            constexpr int H = decltype(height)::value;
+            const int end = n - above, row = end - H;  // the last rows first
+            float* x = X + row * DP + c;
+            const float* m = M + row * CP + row;
+            vf acc[H][NV];
+            UNROLL for (int i = 0; i < H; ++i)
+                UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = -load(x + i * DP + v * LANES);
+            detail::accumulate<H, NV>(acc, above, m + H * CP, 1, CP, x + H * DP, DP);
+            UNROLL for (int i = H - 1; i > 0; --i)
+                UNROLL for (int j = 0; j < i; ++j)
+                    UNROLL for (int v = 0; v < NV; ++v) acc[j][v] -= m[i * CP + j] * acc[i][v];
+            UNROLL for (int i = 0; i < H; ++i)
+                UNROLL for (int v = 0; v < NV; ++v) store(x + i * DP + v * LANES, -acc[i][v]);
+        });
+    });
 }

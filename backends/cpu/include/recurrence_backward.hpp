@@ -11,34 +11,25 @@ struct Grads {
     float* start;
 };
 
-constexpr long SAVED = DKP * DVP + DKP;  // floats of a saved state: S, z
-
-// Weights of the queries in s.q for the written vectors y, yt their transpose, into s.P.
-static void weigh(Scratch& s, int n, const float* y, const float* yt) {
-    if constexpr (DECAY == CHANNEL) {
-        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, y, s.channel.a, SCALE, s.P);
-    } else {
-        const float* D = s.scalar.D;
-        lower<DK, EXCLUSIVE>(n, s.q, DKP, yt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
-            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
-        });
-    }
-}
+constexpr long SAVED = DKP * DVP + DKP;  // floats of a saved state: S, z; they lie behind Back
 
 // Weights, their gradients and those of one query head.
 static void read_back(Back& b, const Call& a, const Grads& d, long batch, long head, long t, int n,
-                      const float* z0, const float* bonus, float* dbonus) {
+                      const float* S0, const float* bonus, float* dbonus) {
     Scratch& s = b.f;
+    const float* z0 = S0 + DKP * DVP;
     take_rows<DK, DKP>(n, a.q.at(batch, head, t), a.q.n, s.q);
     take_rows<DV, DVP>(n, d.out.at(batch, head, t), d.out.n, b.go);
-    weigh(s, n, s.k, s.kt);
+    weigh(s, n, {s.q, DKP}, s.k, s.kt, s.P);
     scaled_rows<Side::Read>(s, n, s.q, b.qd);
     for (int i = 0; i < n * DKP; i += LANES) store(b.qd + i, load(b.qd + i) * SCALE);
     lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X,
                          [](int, int, vf sum) INLINE_LAMBDA { return sum; });
     float* seen = b.t;
+    T* dq = d.q.at(batch, head, t);
     product<DKP>(n, DV, b.go, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(seen + m * DKP + c, sum);
+        fetch(dq + (m - CHUNK) * d.q.n + c);
     });
     float near[CHUNK], dnear[CHUNK];  // SCALE q u k, and its gradient
     if constexpr (BONUS)
@@ -80,7 +71,7 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
     add_upper<DVP>(n, s.P, b.go, DVP, b.dw, DVP);
     pair_grads<Reader::Query>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
     if constexpr (CORRECTION == UNTIED) {
-        weigh(s, n, s.b, s.bt);
+        weigh(s, n, {s.q, DKP}, s.b, s.bt, s.P);
         auto same = [](int, int, vf x) INLINE_LAMBDA { return x; };
         lower<DV, EXCLUSIVE>(n, b.go, DVP, b.ut, b.X, same);
         add_upper<DVP>(n, s.P, b.go, DVP, b.du, DVP);
@@ -102,11 +93,16 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
                 store(b.near_v + c, load(b.near_v + c) + near[i] * load(b.go + c));
         }
     float* dS = b.dS;
+    const T *q = a.q.at(batch, head, t), *go = d.out.at(batch, head, t);
     product_onto<DVP>(
         DK, n, b.qd, 1, DKP, b.go, DVP,
         [=](int m, int c) INLINE_LAMBDA { return load(dS + m * DVP + c); },
-        [=](int m, int c, vf sum) INLINE_LAMBDA { store(dS + m * DVP + c, sum); });
-    T* dq = d.q.at(batch, head, t);
+        [=](int m, int c, vf sum) INLINE_LAMBDA {
+            store(dS + m * DVP + c, sum);
+            fetch(S0 - SAVED + m * DVP + c);
+            if (const int before = m / 2 - CHUNK; before < 0)
+                fetch(m % 2 ? q + before * a.q.n + c : go + before * d.out.n + c);
+        });
     for (int i = 0; i < n; ++i)
         for (int c = 0; c < DKP; c += LANES)
             store_upto(dq + i * d.q.n + c, load(b.dq + i * DKP + c), DK - c);
@@ -114,12 +110,17 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
 
 // What the gradient of the state after the chunk says about its keys, values and decay; then it
 // becomes its part of the gradient of the state before.
-static void end_back(Back& b, int n, const float* w, const float* S1, const float* z1) {
+static void end_back(Back& b, const Call& a, const Grads& d, long batch, long head, long at, int n,
+                     const float* w, const float* S1, const float* z1) {
     Scratch& s = b.f;
+    const T *k = a.k.at(batch, head, at), *v = a.v.at(batch, head, at);
+    const T *to_k = d.k.at(batch, head, at), *to_v = d.v.at(batch, head, at);
     transpose_in(DK, DV, b.dS, DVP, b.dSt, DKP);
     float *dk = b.dk, *dw = b.dw, *t = b.t;
     product<DKP>(n, DV, w, DVP, 1, b.dSt, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(t + m * DKP + c, sum);
+        fetch(k + (m - CHUNK) * a.k.n + c);
+        fetch(to_k + (m - CHUNK) * d.k.n + c);
     });
     if constexpr (ONES)
         for (int i = 0; i < n; ++i)
@@ -129,6 +130,8 @@ static void end_back(Back& b, int n, const float* w, const float* S1, const floa
     scaled_rows<Side::After>(s, n, s.k, b.qd);
     product<DVP>(n, DK, b.qd, DKP, 1, b.dS, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(dw + m * DVP + c, sum);
+        fetch(v + (m - CHUNK) * a.v.n + c);
+        fetch(to_v + (m - CHUNK) * d.v.n + c);
     });
     if constexpr (CORRECTION == UNTIED) {
         float* du = b.du;
@@ -184,7 +187,7 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
                        const float* saved) {
     Scratch& s = b.f;
     const long batch = a.batch(row), at = a.first(row) + t, G = a.group();
-    const float *S0 = saved, *z0 = S0 + DKP * DVP, *S1 = saved + SAVED, *z1 = S1 + DKP * DVP;
+    const float *S0 = saved, *S1 = saved + SAVED, *z1 = S1 + DKP * DVP;
     const float* g = DECAY == NONE   ? nullptr
                      : DECAY == HEAD ? a.decay.p + head
                                      : a.decay.at(batch, head, at);
@@ -219,7 +222,7 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
     transpose_in(n, DV, w, DVP, b.wt, CP);
     transpose_in(DK, DV, S0, DVP, b.St, DKP);
     memset(b.db, 0, sizeof b.db);
-    end_back(b, n, w, S1, z1);
+    end_back(b, a, d, batch, head, at, n, w, S1, z1);
     if constexpr (BONUS) {
         memset(b.near_k, 0, sizeof b.near_k);
         memset(b.near_v, 0, sizeof b.near_v);
@@ -227,7 +230,7 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
     const float* bonus = BONUS ? a.bonus + head * DK : nullptr;
     float* dbonus = BONUS ? d.bonus + (row * a.Hkv + head) * DK : nullptr;
     for (long i = 0; i < G; ++i)
-        read_back(b, a, d, batch, head * G + i, at, n, z0, bonus, dbonus);
+        read_back(b, a, d, batch, head * G + i, at, n, S0, bonus, dbonus);
     if constexpr (CORRECTION == DELTA) {
         correct_back(b, n, beta, d.beta.at(batch, head, at), d.beta.n);
         add_sum_grads(n, s.k, b.dkr, 1.0f, b.db);
@@ -267,10 +270,13 @@ extern "C" __attribute__((visibility("default"))) void recurrence_backward(const
     const Call& a = *call;
     const Grads& d = *grads;
     const long size = (long)DK * W;
-    parallel<Back>(a, a.rows * a.Hkv, [&](Back& b, long i) {
+    long longest = 0;
+    for (long row = 0; row < a.rows; ++row) longest = a.length(row) > longest ? a.length(row) : longest;
+    const long states = ((longest + CHUNK - 1) / CHUNK + 1) * SAVED * sizeof(float);
+    parallel<Back>(a, a.rows * a.Hkv, states, [&](Back& b, long i) {
+        float* saved = (float*)(&b + 1);
         const long row = i / a.Hkv, head = i % a.Hkv, n = a.length(row);
         const long chunks = (n + CHUNK - 1) / CHUNK;
-        float* saved = (float*)aligned_alloc(64, (chunks + 1) * SAVED * sizeof(float));
         Scratch& s = b.f;
         auto save = [&](long c) {
             memcpy(saved + c * SAVED, s.S, sizeof s.S);
@@ -302,6 +308,5 @@ extern "C" __attribute__((visibility("default"))) void recurrence_backward(const
             memcpy(s.z, b.dz, sizeof s.z);
             give_state(s, d.start + i * size);
         }
-        free(saved);
     });
 }

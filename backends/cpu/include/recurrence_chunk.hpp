@@ -6,7 +6,7 @@ struct Scratch {
     alignas(64) float q[CHUNK * DKP], k[CHUNK * DKP], v[CHUNK * DVP];
     alignas(64) float u[CHUNK * DVP];   // values that are written, if not v itself
     alignas(64) float ve[CHUNK * DVP];  // written values, or keys, decayed to the end of the chunk
-    alignas(64) float kd[CHUNK * DKP], o[CHUNK * DVP];
+    alignas(64) float kd[CHUNK * DKP];
     alignas(64) float a[CORRECTION == UNTIED ? CHUNK * DKP : 1];  // erase
     alignas(64) float b[CORRECTION == UNTIED ? CHUNK * DKP : 1];  // add, and its transpose
     alignas(64) float bt[CORRECTION == UNTIED ? DKP * CP : 1];
@@ -26,82 +26,79 @@ struct Strides {
     long q, qh, k, v, out, oh, g, beta, erase, add, group;
 };
 
+// Weights of the queries for the written vectors y, yt their transpose, into P.
+static ALWAYS_INLINE void weigh(const Scratch& s, int n, View q, const float* y, const float* yt,
+                                float* P) {
+    if constexpr (DECAY == CHANNEL) {
+        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, q.p, y, s.channel.a, SCALE, P);
+    } else {
+        const float* D = s.scalar.D;
+        lower<DK, EXCLUSIVE>(n, q.p, q.rs, yt, P, [=](int i, int j, vf sum) INLINE_LAMBDA {
+            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
+        });
+    }
+}
+
+// One over the normaliser of every row: its read of z, its weights and its own token. A mass that
+// is not positive gives 0; a NaN stays.
+static ALWAYS_INLINE void inverse_masses(const Scratch& s, int n, View q, const float* near,
+                                         float* inverse) {
+    for (int r = 0; r < n; r += LANES) {
+        vf t[LANES];
+        for (int l = 0; l < LANES; ++l) {
+            vf sum{};
+            if (const int i = r + l; i < n) {
+                UNROLL for (int c = 0; c < DKP; c += LANES)
+                    sum += load_upto(q.p + i * q.rs + c, DK - c) * load(s.z + c);
+                sum = sum * (SCALARS ? SCALE * s.scalar.read[i] : SCALE);
+                if constexpr (CAUSAL)
+                    for (int j = 0; j <= i; j += LANES) sum += load(s.P + i * CP + j);
+            }
+            t[l] = sum;
+        }
+        vf mass = sum_rows(t);
+        if constexpr (BONUS) mass += load(near + r);
+        store(inverse + r, select(mass <= 0.0f, vf{}, 1.0f / mass));
+    }
+}
+
 // Weights and outputs of one query head; w are the written values.
 static void read_chunk(Scratch& s, const Chunk& c, const Strides& st, long head, View k, View v,
                        View w) {
     const int n = c.n;
     const T* src = c.q + head * st.qh;
     T* dst = c.out + head * st.oh;
-    const float* P = s.P;
-    if constexpr (DECAY == CHANNEL) {
-        take_rows<DK, DKP>(n, src, st.q, s.q);
-        channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, s.k, s.channel.a, SCALE, s.P);
-    }
+    if constexpr (DECAY == CHANNEL) take_rows<DK, DKP>(n, src, st.q, s.q);
     View q = DECAY == CHANNEL ? View{s.q, DKP} : view<DK, DKP>(n, src, st.q, s.q, false);
-    if constexpr (DECAY != CHANNEL && CAUSAL) {
-        const float* D = s.scalar.D;
-        lower<DK, EXCLUSIVE>(n, q.p, q.rs, s.kt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
-            return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
-        });
-    }
-    float near[BONUS ? CHUNK : 1];
+    if constexpr (CAUSAL) weigh(s, n, q, s.k, s.kt, s.P);
+    if constexpr (CORRECTION == UNTIED) weigh(s, n, q, s.b, s.bt, s.M);
+    alignas(64) float near[BONUS ? CP + LANES : 1];
     if constexpr (BONUS)
         for (int i = 0; i < n; ++i) {
-            float t = 0;
-            for (int d = 0; d < DK; ++d) t += q.p[i * q.rs + d] * c.bonus[d] * k.p[i * k.rs + d];
-            near[i] = t * SCALE;
+            vf t{};
+            for (int d = 0; d < DK; d += LANES)
+                t += load_upto(q.p + i * q.rs + d, DK - d) * load_upto(c.bonus + d, DK - d) *
+                     load_upto(k.p + i * k.rs + d, DK - d);
+            near[i] = sum_lanes(t) * SCALE;
         }
-    const float* read = nullptr;
-    const float* qs = q.p;
-    long qrs = q.rs;
     if constexpr (DECAY == CHANNEL) {
         const float* f = s.channel.read();
         for (int i = 0; i < n * DKP; i += LANES) store(s.kd + i, load(s.q + i) * load(f + i));
-        qs = s.kd;
-        qrs = DKP;
-    } else if constexpr (SCALARS) {
-        read = s.scalar.read;
+        q = {s.kd, DKP};
     }
-    constexpr bool DIRECT = sizeof(T) == 4 && DV == DVP;
-    float* o = DIRECT ? (float*)dst : s.o;
-    const long os = DIRECT ? st.out : DVP;
-    product<DVP>(n, DK, qs, qrs, 1, s.S, DVP, [=](int m, int col, vf sum) INLINE_LAMBDA {
-        store(o + m * os + col, SCALARS ? sum * (SCALE * read[m]) : sum * SCALE);
-    });
-    if constexpr (CAUSAL) add_lower<DVP>(n, P, w.p, w.rs, o, os);
-    if constexpr (CORRECTION == UNTIED) {
-        if constexpr (DECAY == CHANNEL) {
-            channel_lower<EXCLUSIVE, EXCLUSIVE>(n, s.q, s.b, s.channel.a, SCALE, s.P);
-        } else {
-            const float* D = s.scalar.D;
-            lower<DK, EXCLUSIVE>(n, q.p, q.rs, s.bt, s.P, [=](int i, int j, vf sum) INLINE_LAMBDA {
-                return SCALARS ? sum * SCALE * load(D + i * CP + j) : sum * SCALE;
-            });
-        }
-        add_lower<DVP>(n, P, s.u, DVP, o, os);
-    }
-    if constexpr (BONUS || ONES || !DIRECT)
-        for (int i = 0; i < n; ++i) {
-            float mass = 1.0f;
-            if constexpr (ONES) {
-                mass = SCALE * dot_part<DK>(qs + i * qrs, s.z) * (SCALARS ? read[i] : 1.0f);
-                vf sum{};
-                if constexpr (CAUSAL)
-                    for (int j = 0; j <= i; j += LANES) sum += load(P + i * CP + j);
-                mass += sum_lanes(sum) + (BONUS ? near[i] : 0.0f);
-            }
-            // A mass that is not positive gives 0; a NaN stays.
-            float scale = ONES ? (mass <= 0 ? 0.0f : 1.0f / mass) : 1.0f;
-            for (int col = 0; col < DVP; col += LANES) {
-                vf x = load(o + i * os + col);
-                if constexpr (BONUS) x += near[i] * load_upto(v.p + i * v.rs + col, DV - col);
-                if constexpr (ONES) x = x * scale;
-                if constexpr (DIRECT)
-                    store(o + i * os + col, x);
-                else
-                    store_upto(dst + i * st.out + col, x, DV - col);
-            }
-        }
+    alignas(64) float inverse[ONES ? CP + LANES : 1];
+    if constexpr (ONES) inverse_masses(s, n, q, near, inverse);
+    const float* read = s.scalar.read;
+    read_rows<DVP>(
+        n, DK, q, s.S, CAUSAL ? s.P : nullptr, w, CORRECTION == UNTIED ? s.M : nullptr,
+        {s.u, DVP}, [=](int i) INLINE_LAMBDA { return SCALARS ? SCALE * read[i] : SCALE; },
+        [&](int i, int col, vf x) INLINE_LAMBDA {
+            if constexpr (BONUS) x += near[i] * load_upto(v.p + i * v.rs + col, DV - col);
+            if constexpr (ONES) x = x * inverse[i];
+            store_upto(dst + i * st.out + col, x, DV - col);
+            fetch(src + (i + CHUNK) * st.q + col);
+            fetch(dst + (i + CHUNK) * st.out + col);
+        });
 }
 
 // Solves for the values that the delta rule writes, into s.u.
@@ -168,7 +165,7 @@ static void untie_chunk(Scratch& s, const Chunk& c, const Strides& st, View v) {
 }
 
 // The state after the chunk.
-static void write_chunk(Scratch& s, const Chunk& c, View k, View w) {
+static void write_chunk(Scratch& s, const Chunk& c, const Strides& st, View k, View w) {
     const int n = c.n;
     float* S = s.S;
     const float *keys = k.p, *values = w.p, *whole = nullptr;
@@ -194,7 +191,15 @@ static void write_chunk(Scratch& s, const Chunk& c, View k, View w) {
             vf old = load(S + m * DVP + col);
             return DECAY == CHANNEL ? old * whole[m] : SCALARS ? old * all : old;
         },
-        [=](int m, int col, vf sum) INLINE_LAMBDA { store(S + m * DVP + col, sum); });
+        [&](int m, int col, vf sum) INLINE_LAMBDA {
+            store(S + m * DVP + col, sum);
+            if (const int next = m / 2; next < CHUNK) {
+                if (m % 2)
+                    fetch(c.k + (CHUNK + next) * st.k + col);
+                else
+                    fetch(c.v + (CHUNK + next) * st.v + col);
+            }
+        });
     if constexpr (CORRECTION == UNTIED) {
         const float *adds = s.b, *seen = s.u;
         if constexpr (DECAY == CHANNEL) {
@@ -212,17 +217,20 @@ static void write_chunk(Scratch& s, const Chunk& c, View k, View w) {
             [=](int m, int col) INLINE_LAMBDA { return load(S + m * DVP + col); },
             [=](int m, int col, vf sum) INLINE_LAMBDA { store(S + m * DVP + col, sum); });
     }
-    if constexpr (ONES)
-        for (int col = 0; col < DK; col += LANES) {
-            vf sum = load(s.z + col);
-            if constexpr (DECAY == CHANNEL) sum = sum * load(whole + col);
-            if constexpr (SCALARS) sum = sum * all;
-            for (int j = 0; j < n; ++j) {
-                vf key = load_upto(keys + j * krs + col, DK - col);
-                sum += SCALARS ? key * s.scalar.after[j] : key;
-            }
-            store(s.z + col, sum);
+    if constexpr (ONES) {
+        vf sum[KV_];
+        UNROLL for (int i = 0; i < KV_; ++i) {
+            sum[i] = load(s.z + i * LANES);
+            if constexpr (DECAY == CHANNEL) sum[i] = sum[i] * load(whole + i * LANES);
+            if constexpr (SCALARS) sum[i] = sum[i] * all;
         }
+        for (int j = 0; j < n; ++j)
+            UNROLL for (int i = 0; i < KV_; ++i) {
+                vf key = load_upto(keys + j * krs + i * LANES, DK - i * LANES);
+                sum[i] += SCALARS ? key * s.scalar.after[j] : key;
+            }
+        UNROLL for (int i = 0; i < KV_; ++i) store(s.z + i * LANES, sum[i]);
+    }
 }
 
 template <bool READ, bool WRITE>
@@ -249,7 +257,7 @@ static void run_chunk(Scratch& s, const Chunk& c, const Strides& st) {
     if constexpr (CORRECTION == UNTIED) untie_chunk(s, c, st, v);
     if constexpr (READ)
         for (long g = 0; g < st.group; ++g) read_chunk(s, c, st, g, k, v, w);
-    if constexpr (WRITE) write_chunk(s, c, k, w);
+    if constexpr (WRITE) write_chunk(s, c, st, k, w);
 }
 
 static void take_state(Scratch& s, const float* p) {
@@ -299,17 +307,20 @@ static void fresh(Scratch& s) {
     s.tabled = 0;
 }
 
-template <class Room, class F> static void parallel(const Call& a, long tasks, F f) {
-    const long threads = a.threads < tasks ? a.threads : tasks;
+// f(room, i) for i < tasks; each thread has a Room with `more` bytes behind it.
+template <class Room, class F>
+static void parallel(const Call& a, long tasks, long more, F f) {
+    const long threads = a.threads < tasks ? a.threads : tasks, size = sizeof(Room) + (more + 63) / 64 * 64;
+    static_assert(alignof(Room) == 64);
     if (threads <= 1) {
-        Room* s = (Room*)aligned_alloc(64, up(sizeof(Room), 64));
+        Room* s = (Room*)aligned_alloc(64, size);
         for (long i = 0; i < tasks; ++i) f(*s, i);
         free(s);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
-        Room* s = (Room*)aligned_alloc(64, up(sizeof(Room), 64));
+        Room* s = (Room*)aligned_alloc(64, size);
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < tasks; ++i) f(*s, i);
         free(s);

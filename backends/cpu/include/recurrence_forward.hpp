@@ -32,7 +32,7 @@ extern "C" __attribute__((visibility("default"))) void recurrence_forward(const 
     const bool split = a.parts > 1;
     auto start = [&](long i) { return a.start ? a.start + i * size : nullptr; };
     if (!split && CAUSAL) {
-        parallel<Scratch>(a, heads, [&](Scratch& s, long i) {
+        parallel<Scratch>(a, heads, 0, [&](Scratch& s, long i) {
             fresh(s);
             take_state(s, start(i));
             run_tokens<true, true>(s, a, i / a.Hkv, i % a.Hkv, 0, a.length(i / a.Hkv));
@@ -41,7 +41,7 @@ extern "C" __attribute__((visibility("default"))) void recurrence_forward(const 
         return;
     }
     // The sum of each part on its own; `between` holds parts states a head.
-    parallel<Scratch>(a, heads * a.parts, [&](Scratch& s, long i) {
+    parallel<Scratch>(a, heads * a.parts, 0, [&](Scratch& s, long i) {
         const long head = i / a.parts, part = i % a.parts, row = head / a.Hkv;
         fresh(s);
         take_state(s, nullptr);
@@ -49,7 +49,7 @@ extern "C" __attribute__((visibility("default"))) void recurrence_forward(const 
                                 part_start(a, row, part + 1));
         give_state(s, between + i * size);
     });
-    parallel<Scratch>(a, heads, [&](Scratch&, long i) {
+    parallel<Scratch>(a, heads, 0, [&](Scratch&, long i) {
         float left[DK];
         float* end = a.end + i * size;
         const float* first = start(i);
@@ -65,7 +65,7 @@ extern "C" __attribute__((visibility("default"))) void recurrence_forward(const 
             }
         }
     });
-    parallel<Scratch>(a, heads * a.parts, [&](Scratch& s, long i) {
+    parallel<Scratch>(a, heads * a.parts, 0, [&](Scratch& s, long i) {
         const long head = i / a.parts, part = i % a.parts, row = head / a.Hkv;
         fresh(s);
         take_state(s, CAUSAL ? between + i * size : a.end + head * size);
