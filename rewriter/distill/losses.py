@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from rewriter.backends.ops.divergence import divergence as rows_divergence
 
 
 def output_error(
@@ -35,8 +36,8 @@ def output_error(
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Computes the gradient along with the loss, chunk by chunk, so no float32 copy of the
-    logits outlives its chunk. The stored gradient has the dtype of the logits."""
+    """Computes the gradient along with the loss, so that no float32 copy of the logits is kept.
+    The stored gradient has the dtype of the logits."""
 
     @staticmethod
     def forward(
@@ -50,23 +51,9 @@ class _ChunkedDivergence(torch.autograd.Function):
         count = max(1, student.shape[0])
         # Cross-entropy is a mean over the tokens that have a label, so these weigh more.
         weight = ce * count / max(1, int((labels >= 0).sum()))
-        grad = torch.empty_like(student)
-        total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for start in range(0, student.shape[0], chunk):
-            part = slice(start, start + chunk)
-            log_s = F.log_softmax(student[part].float(), dim=-1)
-            log_t = F.log_softmax(teacher[part].float(), dim=-1)
-            prob_t = (1 - ce) * log_t.exp()
-            known = (labels[part] >= 0).nonzero().squeeze(-1)
-            picked = labels[part][known]
-            total += (prob_t * (log_t - log_s)).sum() - weight * log_s[known, picked].sum()
-            share = torch.full((log_s.shape[0], 1), 1.0 - ce, device=student.device)
-            share[known] += weight
-            slope = log_s.exp() * share - prob_t
-            slope[known, picked] -= weight
-            grad[part] = (slope / count).to(grad.dtype)
-        ctx.save_for_backward(grad)
-        return (total / count).float()
+        loss, slope = rows_divergence(student, teacher, labels, ce, weight, chunk)
+        ctx.save_for_backward(slope)
+        return loss.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -89,7 +76,7 @@ def divergence(
         mask: (B, N), zero at padding.
         labels: (B, N) int64, the token that follows; negative where none does.
         ce: weight of the cross-entropy, 0 to 1.
-        chunk: tokens whose logits are held in float32 at once.
+        chunk: tokens whose logits are held in float32 at once where no generated code runs.
 
     Returns:
         A float32 scalar that can be differentiated with respect to the student's logits.

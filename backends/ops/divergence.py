@@ -1,0 +1,73 @@
+"""Divergence of logits with its gradient: generated code on a CPU that has it, else torch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rewriter.backends.cpu import divergence as generated
+from rewriter.backends.fastest import ONLY
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, labels: Tensor, ce: float, weight: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Mean over rows of (1 - ce) KL(teacher || student) + weight * cross-entropy, and its slope.
+
+    No float32 copy of the logits outlives its rows, and the slope is computed along with the loss.
+
+    Args:
+        student, teacher: (T, V) logits of any floating dtype; computed in float32.
+        labels: (T) int64; negative where there is none.
+        ce, weight: of the two terms.
+        chunk: rows held in float32 at once where torch computes.
+
+    Returns:
+        A float64 scalar, and its gradient (T, V) in the dtype of the student.
+    """
+    scale = 1.0 / max(1, student.shape[0])
+    if _served(student, teacher):
+        total, slope = generated.forward(student, teacher, labels, ce, weight, scale)
+        return total * scale, slope
+    return _by_torch(student, teacher, labels, ce, weight, chunk, scale)
+
+
+def _served(student: Tensor, teacher: Tensor) -> bool:
+    only = os.environ.get(ONLY)
+    return (
+        student.device.type == "cpu"
+        and student.dtype == teacher.dtype
+        and student.dtype in generated.NAMES
+        and (only is None or "cpu" in {name.strip() for name in only.split(",")})
+        and not isinstance(generated.find(student.dtype), str)
+    )
+
+
+def _by_torch(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    ce: float,
+    weight: float,
+    chunk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    slopes = torch.empty_like(student)
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    for start in range(0, student.shape[0], chunk):
+        part = slice(start, start + chunk)
+        log_s = F.log_softmax(student[part].float(), dim=-1)
+        log_t = F.log_softmax(teacher[part].float(), dim=-1)
+        prob_t = (1 - ce) * log_t.exp()
+        known = (labels[part] >= 0).nonzero().squeeze(-1)
+        picked = labels[part][known]
+        total += (prob_t * (log_t - log_s)).sum() - weight * log_s[known, picked].sum()
+        share = torch.full((log_s.shape[0], 1), 1.0 - ce, device=student.device)
+        share[known] += weight
+        slope = log_s.exp() * share - prob_t
+        slope[known, picked] -= weight
+        slopes[part] = (slope * scale).to(slopes.dtype)
+    return total * scale, slopes
