@@ -106,7 +106,13 @@ def _wanted(policy: str | None, plan: Path | None) -> Policy | Plan:
     if policy is None:
         names = ", ".join(preset_names())
         raise UsageError(f"say what to do with --policy (one of {names}, or a file) or --plan FILE")
-    return Policy.load(policy)
+    wanted = Policy.load(policy)
+    if wanted.budget is not None:
+        raise UsageError(
+            f"the policy '{policy}' is a budget, whose plan is measured on text: run 'rewriter "
+            f"plan --policy {policy} --text FILE --out plan.json' first, then convert with --plan"
+        )
+    return wanted
 
 
 def _show(out: Session, report: Report) -> None:

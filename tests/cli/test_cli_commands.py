@@ -323,6 +323,8 @@ def test_plan_under_a_budget(tiny: Path, text: Path, tmp_path: Path) -> None:
     targets = [d["target"] for d in json.loads(plan.read_text())["decisions"]]
     assert sorted(targets) == ["fused", "sink_window"]
     assert "--text" in failed(run("plan", tiny, "--memory", "0.6x"), 2)
+    refused = failed(run("convert", tiny, "--policy", file, "--out", tmp_path / "o"), 2)
+    assert "rewriter plan --policy" in refused
     assert "not both" in failed(run("plan", tiny, "--policy", "hybrid", "--memory", "1 MiB"), 2)
     assert "--latency" in failed(run("plan", tiny), 2)
     assert "is no memory" in failed(run("plan", tiny, "--memory", "lots", "--text", text), 2)
