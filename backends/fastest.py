@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from rewriter.backends.cache import VARIABLE as CACHE
 from rewriter.backends.cache import cache_directory
 from rewriter.backends.cpu import linear as generated
-from rewriter.backends.cpu.target import host_target
+from rewriter.backends.cpu.target import Target, host_target
 from rewriter.timing import interleaved
 
 Winner = Literal["generated", "stock"]
 ONLY = "ATTENTION_REWRITER_BACKENDS"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # upper ends of the ranges; then one without end
-_WORK = 2e8  # operations of one timed call
+_WORK = 1e9  # operations of one timed call
 _RUNS = 5
 _MARGIN = 0.98  # share of the stock time that generated code has to stay under
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -58,7 +58,7 @@ def seconds(weight: Tensor, rows: int) -> tuple[float, float]:
     """
     top = next((top for top in ROWS if rows <= top), 2 * ROWS[-1])
     N, K = weight.shape
-    where = (os.environ.get(ONLY), os.environ.get(CACHE))
+    where = (os.environ.get(ONLY), os.environ.get(CACHE), generated.precision(weight.dtype))
     threads = torch.get_num_threads()
     return _seconds(weight.dtype, N, K, top, weight.stride(1) != 1, threads, where)
 
@@ -71,14 +71,14 @@ def _seconds(
     rows: int,
     transposed: bool,
     threads: int,
-    where: tuple[str | None, str | None],
+    where: tuple[str | None, str | None, str],
 ) -> tuple[float, float]:
     only = where[0]
     if only is not None and "cpu" not in {name.strip() for name in only.split(",")}:
         return math.inf, 0.0
     if min(N, K) == 0 or isinstance(generated.find(dtype), str):
         return math.inf, 0.0
-    name = f"{dtype} {N} x {K} rows {rows} transposed {transposed} threads {threads}"
+    name = f"{dtype} {N} x {K} rows {rows} transposed {transposed} threads {threads} {where[2]}"
     file = cache_directory("measured") / f"{_machine()}.json"
     if name not in (known := _read(file)):
         measured = _measure(dtype, N, K, rows, transposed)
@@ -113,6 +113,7 @@ def _measure(
             },
             seconds=0.0,
             rounds=(_RUNS, _RUNS),
+            clock="cpu" if torch.get_num_threads() == 1 else "wall",
         )
     return times["generated"].median, times["stock"].median
 
@@ -124,12 +125,17 @@ def _read(file: Path) -> dict[str, tuple[float, float]]:
         return {}
 
 
+def _sources(target: Target) -> str:
+    parts = generated.parts_of(torch.float32, target)
+    unit = generated.unit_of(torch.float32, target, parts)
+    return unit if isinstance(unit, str) else unit.source
+
+
 @lru_cache(maxsize=1)
 def _machine() -> str:
     """A name for processor, torch and generated code: what a time depends on."""
     target = host_target()
-    unit = target if isinstance(target, str) else generated.unit_of(torch.float32, target)
-    source = unit if isinstance(unit, str) else unit.source
+    source = target if isinstance(target, str) else _sources(target)
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         cpu = [x for x in lines if x.startswith(("model", "cpu family", "stepping"))]

@@ -74,10 +74,15 @@ def main() -> None:
     parser.add_argument("--only", default="encoder,prefill,window")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--lengths", default="4096,8000")
+    parser.add_argument(
+        "--precision", default="highest", choices=("highest", "high"),
+        help="torch.set_float32_matmul_precision, of both models",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.precision)
     lengths = [int(n) for n in options.lengths.split(",")]
     table = Table(
         *("model", "run"),

@@ -2,6 +2,10 @@
 
 One unit for each dtype; sizes, strides and bias are arguments. The weights stay as they are: they
 are packed on the fly, a few megabytes at a time, into scratch memory of the call.
+
+On processors with matrix tiles (AMX) many rows are multiplied as bfloat16 numbers whose products
+are summed in float32. A float32 factor is three such numbers, which together hold all of its bits;
+where torch.set_float32_matmul_precision allows less than 'highest' it is two, 16 bits.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import ctypes
 import math
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,15 +30,23 @@ SMALL = 8  # rows up to which the weights are used as they are read
 _PACKED = 2**20  # floats of packed weights that stay in the last-level cache
 _DEPTH = 384
 _LEAST = 96  # columns of a block, however long they are
+_TILE = 32  # rows and columns of a block of tiles; numbers along K in one step
+_TILED = 2**23  # bytes of tiles of the weights at a time
+_BAND = 5 * 2**17  # bytes of tiles of x of one thread: they stay in L2
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded kernel; `band` rows of x are worked on at a time, `panel` columns of the output."""
+    """A loaded kernel; `band` rows of x are worked on at a time, `panel` columns of the output.
+
+    `tiles` runs many rows on matrix tiles, each number as `parts` bfloat16 numbers.
+    """
 
     run: Callable[[int], None]
     band: int
     panel: int
+    tiles: Callable[[int], None] | None = None
+    parts: int = 1
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,7 +75,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if K == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     threads = torch.get_num_threads()
-    if M <= SMALL and weight.stride(1) == 1:
+    run, band = found.run, found.band
+    if M > SMALL and found.tiles is not None:
+        run = found.tiles
+        numbers = -(-K // _TILE) * _TILE * found.parts  # of a row or column of tiles
+        band = _rounded(min(max(_BAND // (2 * numbers), 1), 256, M))
+        block = _rounded(min(max(_TILED // (2 * numbers), 1), N))
+        floats = (block * numbers + threads * band * (numbers + 2 * _TILE)) // 2
+    elif M <= SMALL and weight.stride(1) == 1:
         block, floats = 0, M * (K + 64)
     else:
         block = min(max(_PACKED // K, _LEAST), N)
@@ -75,32 +94,67 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (
             *(rows.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(out.data_ptr(), scratch.data_ptr(), M, N, K),
-            *(rows.stride(0), *weight.stride(), N, block, threads),
+            *(rows.stride(0), *weight.stride(), N, block, threads, band),
         ),
     )
-    found.run(fields.buffer_info()[0])
+    run(fields.buffer_info()[0])
     return out
 
 
+def _rounded(n: int) -> int:
+    return -(-n // _TILE) * _TILE
+
+
+def parts_of(dtype: torch.dtype, target: Target) -> int:
+    """bfloat16 numbers that stand for one number on matrix tiles; 0 without tiles."""
+    if not target.tiles:
+        return 0
+    return 1 if dtype != torch.float32 else 3 if precision(dtype) == "highest" else 2
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How exact products of a dtype have to be, in torch's words; '' where there is no choice."""
+    if dtype != torch.float32:
+        return ""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set in another way that has no such word
+        return "highest"
+
+
 @lru_cache(maxsize=16)
-def unit_of(dtype: torch.dtype, target: Target) -> Unit | str:
-    """The unit of a dtype on a target, or why there is none."""
+def unit_of(dtype: torch.dtype, target: Target, parts: int = 0) -> Unit | str:
+    """The unit of a dtype on a target, or why there is none. `parts`: see `parts_of`."""
     if dtype not in NAMES:
         return f"CPU kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    source = assemble(target, ["linear"], {"DEPTH": _DEPTH, "SMALL": SMALL}, {"io_t": NAMES[dtype]})
-    return Unit(f"linear_{NAMES[dtype]}", source, target)
+    constants = {"DEPTH": _DEPTH, "SMALL": SMALL}
+    types, name = {"io_t": NAMES[dtype]}, f"linear_{NAMES[dtype]}"
+    if not parts:
+        return Unit(name, assemble(target, ["linear"], constants, types), target)
+    constants["PARTS"] = parts
+    source = assemble(target, ["tiles", "linear_tiles"], constants, types, split="linear")
+    return Unit(f"{name}_{parts}", source, target)
 
 
-@lru_cache(maxsize=16)
 def find(dtype: torch.dtype) -> Kernel | str:
     """The compiled kernel of a dtype on this machine, or why there is none."""
     target = host_target()
     if isinstance(target, str):
         return target
-    unit = unit_of(dtype, target)
+    return _find(dtype, target, parts_of(dtype, target))
+
+
+@lru_cache(maxsize=16)
+def _find(dtype: torch.dtype, target: Target, parts: int) -> Kernel | str:
+    unit = unit_of(dtype, target, parts)
     library = NoKernel(unit) if isinstance(unit, str) else load(unit)
     if isinstance(library, NoKernel):
         return library.reason
     run = library.linear
     run.argtypes, run.restype = [ctypes.c_void_p], None
-    return Kernel(run, library.linear_band(), library.linear_panel())
+    found = Kernel(run, library.linear_band(), library.linear_panel())
+    if not parts:
+        return found
+    tiles = library.linear_tiles
+    tiles.argtypes, tiles.restype = [ctypes.c_void_p], None
+    return replace(found, tiles=tiles, parts=parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ class Target:
         flags: what the compiler is told.
         bf16_dot: bf16 operands are packed in pairs for a two-term dot product. Without the
             instruction (in tests) the same packing runs on an emulation with the same rounding.
+        tiles: bf16 operands are multiplied in tiles of 16 x 32 (AMX); emulated likewise.
     """
 
     isa: str
     lanes: int
     flags: tuple[str, ...]
     bf16_dot: bool = False
+    tiles: bool = False
 
 
 _AVX2 = ("-mavx2", "-mfma")
@@ -40,24 +43,32 @@ _AVX512 = (
 TARGETS: dict[str, Target] = {
     t.isa: t
     for t in (
+        Target(
+            "amx_bf16",
+            16,
+            (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+            bf16_dot=True,
+            tiles=True,
+        ),
         Target("avx512_bf16", 16, (*_AVX512, "-mavx512bf16"), bf16_dot=True),
         Target("avx512", 16, _AVX512),
         Target("avx2", 8, _AVX2),
         Target("portable", 4, ()),
         # The sources of the widest targets on a narrower machine: for tests, never chosen.
         Target("wide_on_avx2", 16, _AVX2, bf16_dot=True),
+        Target("tiles_on_avx2", 16, _AVX2, bf16_dot=True, tiles=True),
     )
 }
 
 # Flags of /proc/cpuinfo that a target needs, the best target first.
+_WIDE = frozenset(("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"))
 _NEEDS: tuple[tuple[str, frozenset[str]], ...] = (
-    (
-        "avx512_bf16",
-        frozenset(("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16", "fma")),
-    ),
-    ("avx512", frozenset(("avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"))),
+    ("amx_bf16", _WIDE | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+    ("avx512_bf16", _WIDE | {"avx512_bf16"}),
+    ("avx512", _WIDE),
     ("avx2", frozenset(("avx2", "fma"))),
 )
+_ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: ARCH_REQ_XCOMP_PERM
 
 
 def host_target() -> Target | str:
@@ -70,6 +81,8 @@ def host_target() -> Target | str:
         return _detected()
     if wanted not in TARGETS:
         return f"${VARIABLE} names {wanted!r}, which is none of {', '.join(TARGETS)}"
+    if wanted == "amx_bf16" and not _tiles_permitted():
+        return f"${VARIABLE} names amx_bf16, but the system does not lend its tile registers"
     return TARGETS[wanted]
 
 
@@ -77,9 +90,18 @@ def host_target() -> Target | str:
 def _detected() -> Target:
     flags = cpu_flags()
     for isa, needs in _NEEDS:
-        if needs <= flags:
+        if needs <= flags and (not TARGETS[isa].tiles or _tiles_permitted()):
             return TARGETS[isa]
     return TARGETS["portable"]
+
+
+@lru_cache(maxsize=1)
+def _tiles_permitted() -> bool:
+    """Ask Linux for the tile registers; a process has to, once, and may be refused."""
+    try:
+        return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA) == 0)
+    except (OSError, AttributeError):
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -94,5 +116,5 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         pass
     level = torch.backends.cpu.get_cpu_capability()  # where there is no such file
-    names = {"AVX512": _NEEDS[1][1] | _NEEDS[2][1], "AVX2": _NEEDS[2][1]}
+    names = {"AVX512": _WIDE | _NEEDS[-1][1], "AVX2": _NEEDS[-1][1]}
     return names.get(level, frozenset())

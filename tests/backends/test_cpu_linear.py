@@ -89,21 +89,46 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
     assert out[3].isnan().all() and out[torch.arange(12) != 3].isfinite().all()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "wide_on_avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "wide_on_avx2", "tiles_on_avx2"])
 def test_every_instruction_set_compiles_to_the_same_function(
     isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if isa != "portable" and not {"avx2", "fma"} <= cpu_flags():
         pytest.skip("this processor has no AVX2")
     monkeypatch.setenv("ATTENTION_REWRITER_ISA", isa)
-    unit = kernel.unit_of(torch.float32, TARGETS[isa])
+    target = TARGETS[isa]
+    unit = kernel.unit_of(torch.float32, target, kernel.parts_of(torch.float32, target))
     assert not isinstance(unit, str) and not isinstance(load(unit), NoKernel)
-    kernel.find.cache_clear()
-    try:
-        check(random(37, 50), random(41, 50), random(41))
-        check(random(3, 50), random(41, 50), random(41))
-    finally:
-        kernel.find.cache_clear()
+    found = kernel.find(torch.float32)
+    assert not isinstance(found, str) and (found.tiles is not None) == target.tiles
+    for rows in (37, 3):
+        check(random(rows, 50), random(41, 50), random(41))
+        check(random(rows, 50), random(50, 41).t(), None)
+    if target.tiles:
+        check(random(37, 50).bfloat16(), random(41, 50).bfloat16(), None)
+
+
+def test_tiles_keep_all_bits_unless_less_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bfloat16 numbers hold a float32; two do where torch was told that this is enough."""
+    if not {"avx2", "fma"} <= cpu_flags():
+        pytest.skip("this processor has no AVX2")
+    if not {"amx_tile", "amx_bf16"} <= cpu_flags():
+        monkeypatch.setenv("ATTENTION_REWRITER_ISA", "tiles_on_avx2")
+    x, weight = random(40, 200), random(50, 200, seed=1)
+    x[:, :7] *= 1e30  # what the other numbers add is lost in any float32 sum
+    wanted = x.double() @ weight.double().t()
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            got = kernel.forward(x, weight, None)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        errors[precision] = float((got.double() - wanted).abs().max() / wanted.abs().max())
+    assert errors["highest"] <= 1e-6 and 1e-7 < errors["high"] <= 2e-5
+    huge = torch.full((9, 3), 3e38)
+    assert kernel.forward(huge, torch.full((5, 3), 0.25), None).isfinite().all()
 
 
 def test_other_dtypes_are_declined_with_a_reason() -> None:

@@ -17,8 +17,8 @@ constexpr int BAND = 16 * ROWS;
 struct Call {
     const io_t *x, *w, *bias;  // bias may be null
     io_t* y;
-    float* scratch;  // see `linear.py`
-    long M, N, K, x_row, w_col, w_k, y_row, block, threads;
+    float* scratch;  // see `linear.py`; `band` is for linear_tiles.hpp
+    long M, N, K, x_row, w_col, w_k, y_row, block, threads, band;
 };
 
 // Columns first ... of W as panels [panel][k][PANEL]; columns behind N are 0.
