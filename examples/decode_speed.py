@@ -2,7 +2,7 @@
 
     python examples/decode_speed.py --assets assets --contexts 4096,8000 --dtype float32
 
-SmolLM2, batch 1, greedy. The context is filled in chunks of random tokens, the same for every
+SmolLM2, batch 1, greedy. The context is filled with random tokens, the same for every
 model; then rounds of `generate` continue from the filled caches, the models in turn, and the
 median time between two tokens is taken. Prints whether all exact models chose the same tokens.
 """
@@ -55,8 +55,7 @@ class Clock:
 
 def fill(model: nn.Module, tokens: torch.Tensor, cache: Any) -> None:
     """Put all but the last token into the cache."""
-    for part in tokens[:, :-1].split(512, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def main() -> None:
