@@ -96,6 +96,7 @@ class Decoding:
             return None
         if self.template is None and not self._made(model):
             return None
+        assert self.template is not None
         if self.guard.moved():
             self.machines.clear()
             self.checked.clear()

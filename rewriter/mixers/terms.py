@@ -134,7 +134,8 @@ def _valid(
     site: AttentionSite, hiding: Given, seen: int, new: int, *, check: bool
 ) -> torch.Tensor | None:
     """Which new tokens are real, (1|B, new), or None if all are."""
-    columns = torch.broadcast_shapes(*(term.shape for _, term in hiding))[-1]
+    shapes = (term.shape for _, term in hiding)
+    columns = torch.broadcast_shapes(*shapes)[-1]  # type: ignore[no-untyped-call]
     if columns < new:
         raise UnsupportedError(
             f"'{site.fqn}': the mask has {columns} key columns for {new} new tokens after "
