@@ -214,12 +214,23 @@ struct ScalarDecay {
             store(read + j, exp_neg(load(high + r) + load(low + r)));
         }
         whole = upto[n - 1];
-        for (int i = 0; i < n; ++i)
-            for (int j = 0; j <= i; j += LANES) {
-                store(D + i * CP + j, exp_neg(apart(i + 1 - EXCLUSIVE, j)));
-                if ((CORRECTION == DELTA && EXCLUSIVE) || CORRECTION == UNTIED)
-                    store(E + i * CP + j, exp_neg(apart(i + (CORRECTION == DELTA), j)));
+        // Below the diagonal blocks: what is left at the block's first row, times what is from there.
+        for (int r = 0; r < n; r += LANES) {
+            const int last = n - r < LANES ? n : r + LANES, at = r + 1 - EXCLUSIVE;
+            vf step = (load(high + at) - high[r]) + (load(low + at) - low[r]);
+            alignas(64) float from[LANES];
+            store(from, exp_neg(vmin(vf{}, step)));
+            for (int j = 0; j < r; j += LANES) {
+                vf upto = exp_neg(apart(r, j));
+                for (int i = r; i < last; ++i) store(D + i * CP + j, from[i - r] * upto);
             }
+            for (int i = r; i < last; ++i)
+                store(D + i * CP + r, exp_neg(apart(i + 1 - EXCLUSIVE, r)));
+        }
+        if constexpr ((CORRECTION == DELTA && EXCLUSIVE) || CORRECTION == UNTIED)
+            for (int i = 0; i < n; ++i)
+                for (int j = 0; j <= i; j += LANES)
+                    store(E + i * CP + j, exp_neg(apart(i + (CORRECTION == DELTA), j)));
     }
     const float* among() const { return EXCLUSIVE ? E : D; }
 };
@@ -252,44 +263,52 @@ struct ChannelDecay {
     const float* whole(int n) const { return upto + n * DKP; }
 };
 
-// P[i][j] = scale * sum_d x_id y_jd prod_{j < t <= i (shift: < i)} a_td for j <= i (strict: j < i).
-// The key is carried along its column, multiplied by one factor a row.
+// The first n lanes times `by`.
+static ALWAYS_INLINE vf times_first(int n, vf x, float by) {
+#if LANES == 16 && defined(__AVX512F__)
+    const __mmask16 first = n >= LANES ? 0xffff : (1u << n) - 1;
+    return (vf)_mm512_mask_mul_ps((__m512)x, first, (__m512)x, _mm512_set1_ps(by));
+#else
+    return select(iota() < n, x * by, x);
+#endif
+}
+
+// P[i][j] = scale * sum_d x_id y_jd prod_{j < t <= i (shift: < i)} a_td for j <= i (strict: j < i),
+// 0 above. A lane is a key: those of one channel are carried down the rows, one factor a row.
 template <bool strict, bool shift>
 static void channel_lower(int n, const float* x, const float* y, const float* a, float scale,
                           float* P) {
-    constexpr int BLOCK = 8;
-    alignas(64) vf sums[CHUNK][CP];
-    for (int i = 0; i < n; ++i)
-        for (int j = 0; j < CP; ++j) sums[i][j] = vf{};
-    auto block = [&](auto size, int c0) INLINE_LAMBDA {
-        constexpr int NV = decltype(size)::value;
-        for (int j = 0; j < n; ++j) {
-            vf key[NV];
-            UNROLL for (int v = 0; v < NV; ++v) key[v] = load(y + j * DKP + c0 + v * LANES);
-            for (int i = j; i < n; ++i) {
-                const float *xi = x + i * DKP + c0, *ai = a + i * DKP + c0;
-                if (i > j && !shift)
-                    UNROLL for (int v = 0; v < NV; ++v) key[v] *= load(ai + v * LANES);
-                if (i > j || !strict) {
-                    vf s[2] = {sums[i][j], vf{}};
-                    UNROLL for (int v = 0; v < NV; ++v) s[v & 1] += load(xi + v * LANES) * key[v];
-                    sums[i][j] = s[0] + s[1];
+    alignas(64) float keys[DKP * LANES];
+    for (int j = 0; j < n; j += LANES) {
+        transpose_in(n - j < LANES ? n - j : LANES, DKP, y + j * DKP, DKP, keys, LANES);
+        for (int r = j; r < n; r += LANES) {
+            vf acc[LANES];
+            UNROLL for (int l = 0; l < LANES; ++l) acc[l] = vf{};
+            auto rows = [&](int count) INLINE_LAMBDA {
+                for (int d = 0; d < DK; ++d) {
+                    vf key = load(keys + d * LANES);
+                    const float *xd = x + r * DKP + d, *ad = a + r * DKP + d;
+                    UNROLL for (int l = 0; l < LANES; ++l) {
+                        if (l >= count) break;
+                        const int first = r - j + l;  // keys before the row
+                        if (shift) acc[l] += xd[l * DKP] * key;
+                        key = times_first(first, key, ad[l * DKP]);
+                        if (!shift) acc[l] += xd[l * DKP] * key;
+                    }
+                    store(keys + d * LANES, key);
                 }
-                if (i > j && shift)
-                    UNROLL for (int v = 0; v < NV; ++v) key[v] *= load(ai + v * LANES);
-            }
+            };
+            if (n - r >= LANES)
+                rows(LANES);
+            else
+                rows(n - r);
+            UNROLL for (int l = 0; l < LANES; ++l)
+                if (l < n - r) {
+                    vi seen = (iota() + j) < (r + l + (strict ? 0 : 1));
+                    store(P + (r + l) * CP + j, (vf)(seen & (vi)(acc[l] * scale)));
+                }
         }
-    };
-    int c = 0;
-    for (; c + BLOCK * LANES <= DKP; c += BLOCK * LANES)
-        block(std::integral_constant<int, BLOCK>{}, c);
-    if constexpr (KV_ % BLOCK != 0) block(std::integral_constant<int, KV_ % BLOCK>{}, c);
-    for (int i = 0; i < n; ++i)
-        for (int j = 0; j < CP; j += LANES) {
-            vf t[LANES];
-            UNROLL for (int l = 0; l < LANES; ++l) t[l] = sums[i][j + l];
-            store(P + i * CP + j, sum_rows(t) * scale);
-        }
+    }
 }
 
 // Rows of a read: finish(i, column, scale(i) * (x_i S) + sum_{j <= i} P_ij w_j [+ Q_ij u_j]) with
