@@ -8,14 +8,9 @@ it gives the same values and was faster.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
 import os
-import platform
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewriter.backends.cache import VARIABLE as CACHE
-from rewriter.backends.cache import cache_directory
 from rewriter.backends.cpu import linear as generated
-from rewriter.backends.cpu.target import Target, host_target
+from rewriter.backends.cpu.target import host_target
+from rewriter.backends.measured import remembered
 from rewriter.timing import interleaved
 
 Winner = Literal["generated", "stock"]
@@ -79,15 +74,9 @@ def _seconds(
     if min(N, K) == 0 or isinstance(generated.find(dtype), str):
         return math.inf, 0.0
     name = f"{dtype} {N} x {K} rows {rows} transposed {transposed} threads {threads} {where[2]}"
-    file = cache_directory("measured") / f"{_machine()}.json"
-    if name not in (known := _read(file)):
-        measured = _measure(dtype, N, K, rows, transposed)
-        known = {**_read(file), name: measured}
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):  # then it is measured again in the next process
-            temporary.write_text(json.dumps(known, indent=1))
-            temporary.replace(file)
-    ours, theirs = known[name]
+    ours, theirs = remembered(
+        "linear", _source(), name, lambda: _measure(dtype, N, K, rows, transposed)
+    )
     return ours, theirs
 
 
@@ -118,28 +107,11 @@ def _measure(
     return times["generated"].median, times["stock"].median
 
 
-def _read(file: Path) -> dict[str, tuple[float, float]]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _sources(target: Target) -> str:
-    parts = generated.parts_of(torch.float32, target)
-    unit = generated.unit_of(torch.float32, target, parts)
-    return unit if isinstance(unit, str) else unit.source
-
-
 @lru_cache(maxsize=1)
-def _machine() -> str:
-    """A name for processor, torch and generated code: what a time depends on."""
+def _source() -> str:
+    """The generated code."""
     target = host_target()
-    source = target if isinstance(target, str) else _sources(target)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        cpu = [x for x in lines if x.startswith(("model", "cpu family", "stepping"))]
-    except OSError:
-        cpu = [platform.processor()]
-    text = "\0".join([*cpu, torch.__version__, source])
-    return f"linear-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if isinstance(target, str):
+        return target
+    unit = generated.unit_of(torch.float32, target, generated.parts_of(torch.float32, target))
+    return unit if isinstance(unit, str) else unit.source

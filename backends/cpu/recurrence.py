@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from array import array
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewriter.backends.cache import VARIABLE as CACHE
+from rewriter.backends.cpu import recurrence_forms as forms
 from rewriter.backends.cpu.build import NoKernel, Unit, load
 from rewriter.backends.cpu.recurrence_both import backward_both, forward_both, scans
 from rewriter.backends.cpu.recurrence_call import call_of, pointer, prepared, ready, rows_of
@@ -20,14 +23,15 @@ from rewriter.backends.cpu.recurrence_unit import (
     backward_unit,
     chunk_length,
     forward_unit,
+    step_unit,
 )
+from rewriter.backends.cpu.target import VARIABLE as ISA
 from rewriter.backends.cpu.target import Target, host_target
 from rewriter.backends.inputs import RecurrenceGrads, RecurrenceInputs
 from rewriter.backends.reference.recurrence.kernel import recurrence as reference
 from rewriter.errors import UnsupportedError
 from rewriter.ir.recurrence import Recurrence
 
-FEW = 8  # tokens up to which the step form is the faster one
 WIDEST = 256
 Kernel = Callable[[int, int], None]
 MakeUnit = Callable[[Recurrence, torch.dtype, Target], Unit]
@@ -69,13 +73,23 @@ def forward(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedError: there is no kernel; `decline` says why beforehand.
     """
-    if spec.causal and x.q.shape[2] <= FEW:
-        step = _step(spec, x.v.dtype)
-        x = x if ready(x) else prepared(x)
-        tensors = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus)
-        return step(*tensors, x.start, x.cu_seqlens)
+    if spec.causal and x.q.shape[2] <= forms.LENGTHS[-1]:
+        where = (os.environ.get(CACHE), os.environ.get(ISA))
+        if x.q.shape[2] <= forms.FEW or x.q.shape[2] <= _steps(spec, x.v.dtype, where):
+            return _by_steps(spec, x)
     if not spec.causal and spec.decay != "none":
         return forward_both(spec, x, forward)
+    return _by_chunks(spec, x)
+
+
+def _by_steps(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
+    step = _step(spec, x.v.dtype)
+    x = x if ready(x) else prepared(x)
+    tensors = (x.q, x.k, x.v, x.decay, x.beta, x.erase, x.add, x.bonus)
+    return step(*tensors, x.start, x.cu_seqlens)
+
+
+def _by_chunks(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     x = prepared(x)
     kernel = _found(spec, x.v.dtype, forward_unit, "recurrence_forward")
     B, H, N, _ = x.q.shape
@@ -178,6 +192,16 @@ def _parts(spec: Recurrence, heads: int, tokens: int, threads: int) -> int:
         return 1
     wanted = 2 * threads if spec.causal else threads
     return max(1, min(-(-wanted // heads), tokens // (8 * chunk_length(spec))))
+
+
+@lru_cache(maxsize=512)
+def _steps(spec: Recurrence, dtype: torch.dtype, where: tuple[str | None, str | None]) -> int:
+    """Tokens up to which single steps are faster than a chunk on this machine."""
+    target = host_target()
+    if isinstance(target, str):
+        return forms.FEW
+    source = forward_unit(spec, dtype, target).source + step_unit(spec, dtype, target).source
+    return forms.limit(spec, dtype, source, partial(_by_steps, spec), partial(_by_chunks, spec))
 
 
 def _step(spec: Recurrence, dtype: torch.dtype) -> Step:

@@ -15,6 +15,7 @@ from recurrence_oracles import pairwise, token_loop
 from torch import Tensor
 
 from rewriter.backends.cpu import recurrence as cpu
+from rewriter.backends.cpu import recurrence_forms as forms
 from rewriter.backends.cpu.build import NoKernel, find_compiler
 from rewriter.backends.cpu.recurrence_step import fixed_step
 from rewriter.backends.inputs import RecurrenceInputs
@@ -44,6 +45,12 @@ CAUSAL = {
     "untied": UNTIED,
 }
 TRAINED = {"token": TOKEN, "channel": CHANNEL, "delta": DELTA, "bonus": BONUS, "untied": UNTIED}
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tokens than FEW are chunks here, whatever is faster on this machine."""
+    monkeypatch.setattr(cpu, "_steps", lambda *_: forms.FEW)
 
 
 def inputs(call: Call, cu: Tensor | None = None) -> RecurrenceInputs:
