@@ -19,6 +19,13 @@ def chunk_length(spec: Recurrence) -> int:
     return 16 if spec.decay == "channel" else 32
 
 
+def in_tiles(spec: Recurrence, dtype: torch.dtype, target: Target) -> bool:
+    """Whether the forward pass of a causal spec multiplies in tiles of bf16."""
+    plain = spec.correction != "untied" and spec.decay != "channel" and not spec.bonus
+    whole = spec.key_dim % 32 == 0 and spec.value_dim % 32 == 0
+    return target.tiles and dtype == torch.bfloat16 and spec.causal and plain and whole
+
+
 def forward_unit(spec: Recurrence, dtype: torch.dtype, target: Target) -> Unit:
     return _unit(spec, dtype, target, "forward")
 
@@ -32,6 +39,7 @@ def step_unit(spec: Recurrence, dtype: torch.dtype, target: Target) -> Unit:
 
 
 def _unit(spec: Recurrence, dtype: torch.dtype, target: Target, part: str) -> Unit:
+    tiles = part == "forward" and in_tiles(spec, dtype, target)
     constants: dict[str, int | float | bool] = {
         "DK": spec.key_dim,
         "DV": spec.value_dim,
@@ -41,24 +49,26 @@ def _unit(spec: Recurrence, dtype: torch.dtype, target: Target, part: str) -> Un
         "BONUS": spec.bonus,
         "ONES": spec.normaliser == "ones",
         "CAUSAL": spec.causal,
-        "CHUNK": chunk_length(spec),
+        "CHUNK": 64 if tiles else chunk_length(spec),
+        "TILES": tiles,
         "SCALE": float(spec.scale),
     }
     source = assemble(
         target,
-        ("math", "pack", f"recurrence_{part}"),
+        ("math", "pack", *(("tiles",) if tiles else ()), f"recurrence_{part}"),
         constants,
-        {"T": CTYPES[dtype]},
-        _shared(part),
+        {"T": CTYPES[dtype], "Session": "Tiles" if tiles else "char"},
+        _shared(part, tiles),
     )
     return Unit(f"recurrence_{part}", source, target)
 
 
-def _shared(part: str) -> str:
+def _shared(part: str, tiles: bool) -> str:
     """What comes between the constants and the last header."""
     text = "#include <cstdlib>\n" + header("recurrence")
     if part == "step":
         return text
+    text += header("recurrence_room") + (header("recurrence_tiles") if tiles else "")
     text += header("recurrence_chunk")
     if part == "forward":
         return text

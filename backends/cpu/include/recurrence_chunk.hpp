@@ -1,31 +1,5 @@
 // One chunk: outputs of the query heads that read a state, and the state after it.
 
-struct Scratch {
-    alignas(64) float S[DKP * DVP], z[DKP];
-    alignas(64) float kt[DKP * CP], P[CHUNK * CP], M[CHUNK * CP];
-    alignas(64) float q[CHUNK * DKP], k[CHUNK * DKP], v[CHUNK * DVP];
-    alignas(64) float u[CHUNK * DVP];   // values that are written, if not v itself
-    alignas(64) float ve[CHUNK * DVP];  // written values, or keys, decayed to the end of the chunk
-    alignas(64) float kd[CHUNK * DKP];
-    alignas(64) float a[CORRECTION == UNTIED ? CHUNK * DKP : 1];  // erase
-    alignas(64) float b[CORRECTION == UNTIED ? CHUNK * DKP : 1];  // add, and its transpose
-    alignas(64) float bt[CORRECTION == UNTIED ? DKP * CP : 1];
-    ScalarDecay scalar;
-    ChannelDecay channel;
-    int tabled = 0;
-};
-
-struct Chunk {
-    const T *q, *k, *v;
-    T* out;
-    const float *g, *beta, *erase, *add, *bonus;
-    int n;
-};
-
-struct Strides {
-    long q, qh, k, v, out, oh, g, beta, erase, add, group;
-};
-
 // Weights of the queries for the written vectors y, yt their transpose, into P.
 static ALWAYS_INLINE void weigh(const Scratch& s, int n, View q, const float* y, const float* yt,
                                 float* P) {
@@ -235,6 +209,7 @@ static void write_chunk(Scratch& s, const Chunk& c, const Strides& st, View k, V
 
 template <bool READ, bool WRITE>
 static void run_chunk(Scratch& s, const Chunk& c, const Strides& st) {
+    if constexpr (TILES) return tile_chunk<READ, WRITE>(s, c, st);
     const int n = c.n;
     View k{s.k, DKP};
     if constexpr (DECAY == CHANNEL)
@@ -313,6 +288,7 @@ static void parallel(const Call& a, long tasks, long more, F f) {
     const long threads = a.threads < tasks ? a.threads : tasks, size = sizeof(Room) + (more + 63) / 64 * 64;
     static_assert(alignof(Room) == 64);
     if (threads <= 1) {
+        [[maybe_unused]] Session session;
         Room* s = (Room*)aligned_alloc(64, size);
         for (long i = 0; i < tasks; ++i) f(*s, i);
         free(s);
@@ -320,6 +296,7 @@ static void parallel(const Call& a, long tasks, long more, F f) {
     }
 #pragma omp parallel num_threads(threads)
     {
+        [[maybe_unused]] Session session;
         Room* s = (Room*)aligned_alloc(64, size);
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < tasks; ++i) f(*s, i);
