@@ -226,4 +226,4 @@ def _refusal(module: nn.Module, error: Exception) -> NearMiss:
         trace = trace.tb_next
     text = str(error).strip().splitlines()
     reason = f"the module cannot be traced: {type(error).__name__}: {text[0] if text else ''}"
-    return NearMiss("capture", reason, source)
+    return NearMiss("capture", reason, source, step="capture")

@@ -136,26 +136,36 @@ class _Parts:
             yield path, _moved(self.known[twin], twin, path)
             return
         calls = self.first[path]
-        part = self._alone(path, calls) if len(calls) == 1 else None
+        part = self._alone(path, calls) if calls else None
         if part is not None and part.whole is None:
             self.known[path] = part
-            yield path, part
+            yield path, _repeated(part, len(calls))
             return
         yield from self._below(path)
         if path in self.inner:
-            reason = f"the module runs {len(calls)} times in one forward pass"
-            miss = NearMiss("capture", reason, Source("forward", path))
+            reason = "the module runs 0 times in one forward pass"
+            miss = NearMiss("capture", reason, Source("forward", path), step="capture")
             yield path, part or Inspection((), (miss,))
 
     def _alone(self, path: str, calls: Sequence[Observed]) -> Inspection:
         module = self.model.get_submodule(path)
         again = self.second[path]
-        resized = ((), again[0].named) if len(again) == 1 else None
+        resized = ((), again[0].named) if again else None
         captured = capture(module, (), calls[0].named, resized=resized)
         if isinstance(captured, NearMiss):
             miss = _inside(captured, path)
             return Inspection((), (miss,), whole=miss)
         return _moved(_matched(captured), "", path)
+
+
+def _repeated(part: Inspection, times: int) -> Inspection:
+    """What was found in a module by its first run, for all its runs; proofs compare every one."""
+    sites = tuple(
+        replace(site, run=n * site.runs + site.run, runs=times * site.runs)
+        for n in range(times)
+        for site in part.sites
+    )
+    return replace(part, sites=sites)
 
 
 def _moved(part: Inspection, old: str, new: str) -> Inspection:

@@ -180,6 +180,19 @@ def trace_aten(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         return tracer(*inputs)
 
 
+def trace_pattern(
+    function: Callable[..., torch.Tensor], arguments: Sequence[torch.Tensor]
+) -> fx.Graph:
+    """The undecomposed graph of a function, to look for in graphs of `trace_aten`."""
+
+    def run(*values: torch.Tensor) -> torch.Tensor:  # a method's own arguments are miscounted
+        return function(*values)
+
+    with tracing(None):
+        graph: fx.Graph = make_fx(run, pre_dispatch=True)(*arguments).graph
+    return graph
+
+
 def inherit_inputs(module: fx.GraphModule, original: fx.GraphModule) -> None:
     """Give the placeholders of a traced graph what compilers read on those of dynamo's graph."""
     pairs = zip(

@@ -215,7 +215,7 @@ def make_plan(
     return Plan(
         policy=policy.name,
         tool=tool_version(),
-        decisions=[_decide(policy, resolved, site, len(sites)) for site in sites],
+        decisions=_agreed([_decide(policy, resolved, s, len(sites)) for s in sites], sites),
         mlps=[d for site in mlps if (d := _decide_mlp(policy, resolved, site, len(mlps)))],
         misses=[miss.describe() for miss in misses],
     )
@@ -320,6 +320,28 @@ def _decide(
         rule=text,
         site=site.to_json(),
     )
+
+
+def _agreed(decisions: list[Decision], sites: Sequence[AttentionSite]) -> list[Decision]:
+    """The decisions, with those refused that would treat runs of one module differently."""
+    groups: dict[tuple[str, int], list[Decision]] = {}
+    for decision, site in zip(decisions, sites, strict=True):
+        groups.setdefault((site.fqn, site.slot), []).append(decision)
+    refused: dict[int, str] = {}
+    for (fqn, _), runs in groups.items():
+        if len({(d.target, repr(d.options), d.status) for d in runs}) > 1:
+            why = (
+                f"'{fqn or 'the model'}' runs {len(runs)} times in one forward pass with the same "
+                "weights and cannot become something else in each run: select all of its sites "
+                f"({', '.join(str(d.index) for d in runs)}) or none"
+            )
+            refused.update({d.index: d.reason or why for d in runs})
+    return [
+        d.model_copy(update={"status": "refused", "reason": refused[d.index]})
+        if d.index in refused
+        else d
+        for d in decisions
+    ]
 
 
 def _decide_mlp(

@@ -19,6 +19,7 @@ ORDER = (
     ("rewriter.errors", "rewriter.ir"),
     (
         "rewriter.documents",
+        "rewriter.extension",
         "rewriter.atomic",
         "rewriter.timing",
         "rewriter.generation",

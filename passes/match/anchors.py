@@ -40,12 +40,14 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
     axes, labels = view.axes(found.node)
     if not labels[found.dim]:
         return Refusal("the softmax runs over an axis of size 1", found.node)
-    facts.add(f"softmax over dimension {found.dim}")
+    facts.add(f"{found.normaliser} over dimension {found.dim}")
+    facts.step = "scores"
     path = scores(found, labels, view, axes, facts)
     if isinstance(path, Refusal):
         return path
     facts.add(f"product of '{path.query.node.name}' and '{path.key.node.name}'")
     key_axis = labels[found.dim] if path.sink is None else path.sink.keys
+    facts.step = "values"
     end = values(found.node, labels, key_axis, view, axes, path.sink)
     if isinstance(end, Refusal):
         return end
@@ -80,6 +82,7 @@ def _softmax(found: Softmax, view: View, facts: Facts) -> Draft | Refusal:
         softmax_dtype=path.softmax_dtype,
         dropout=end.dropout,
         weights=end.weights,
+        normaliser=found.normaliser,
     )
 
 

@@ -75,16 +75,21 @@ class Draft:
     dropout: float = 0.0
     weights: Labelled | None = None
     causal_flag: bool = False
+    normaliser: str = "softmax"
 
 
 @dataclass
 class Facts:
-    """What has been understood so far, in plain words, for near misses."""
+    """What has been understood so far, in plain words, for near misses.
+
+    `step` is what the matcher is at: softmax, scores, values, axes, tokens (`STEPS`).
+    """
 
     lines: list[str] = field(default_factory=list)
+    step: str = "softmax"
 
     def add(self, line: str) -> None:
-        self.lines.append(line)
+        self.lines.append(f"{self.step}: {line}")
 
 
 Side = Literal["query", "key", "value"]

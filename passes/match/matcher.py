@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -15,9 +16,10 @@ from rewriter.passes.match.fingerprint import fingerprint
 from rewriter.passes.match.heads import Operands
 from rewriter.passes.match.result import CoreNodes, Match, MatchResult
 from rewriter.passes.match.semantics import Meaning, Semantics
+from rewriter.passes.match.story import around
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.ops import value
-from rewriter.passes.provenance import common_module, module_path, source_of
+from rewriter.passes.provenance import common_module, module_path, module_stack, source_of
 
 
 def match(captured: Captured) -> MatchResult:
@@ -33,12 +35,39 @@ def match(captured: Captured) -> MatchResult:
         if isinstance(found, _Named):
             found = pieces.get(found.draft.anchor) or _site(found, view, semantics, matches)
         if isinstance(found, Refusal):
-            misses.append(
-                NearMiss("match", found.reason, source_of(found.node), tuple(facts.lines))
-            )
+            misses.append(_miss(found, facts))
         else:
             matches.append(found)
-    return MatchResult(tuple(matches), tuple(misses))
+    return MatchResult(tuple(_placed(matches)), tuple(misses))
+
+
+def _miss(refusal: Refusal, facts: Facts) -> NearMiss:
+    return NearMiss(
+        "match",
+        refusal.reason,
+        source_of(refusal.node),
+        tuple(facts.lines),
+        facts.step,
+        around(refusal.node),
+    )
+
+
+def _placed(matches: Sequence[Match]) -> Iterator[Match]:
+    """The matches with their place among the blocks and runs of their owners."""
+    owners: dict[str, dict[int, list[int]]] = {}
+    calls = [dict(module_stack(m.nodes.output.node)).get(m.site.fqn, 0) for m in matches]
+    for found, call in zip(matches, calls, strict=True):
+        owners.setdefault(found.site.fqn, {}).setdefault(call, []).append(found.site.index)
+    for found, call in zip(matches, calls, strict=True):
+        runs = owners[found.site.fqn]
+        site = replace(
+            found.site,
+            slot=runs[call].index(found.site.index),
+            slots=len(runs[call]),
+            run=list(runs).index(call),
+            runs=len(runs),
+        )
+        yield replace(found, site=site)
 
 
 @dataclass(frozen=True)
@@ -63,9 +92,15 @@ def _core(node: fx.Node, view: View) -> _Core:
     draft = anchors.read(node, view, facts)
     if isinstance(draft, Refusal):
         return _Core(facts, draft)
+    facts.step = "axes"
     named = heads.operands(draft, view)
     if isinstance(named, Refusal):
         return _Core(facts, named)
+    facts.add(
+        f"{named.heads.query} query and {named.heads.key_value} key/value heads, "
+        f"{named.heads.key_dim} and {named.heads.value_dim} wide"
+    )
+    facts.step = "tokens"
     found = {
         "query": producers.upstream(named.query.node, view),
         "key": producers.upstream(named.key.node, view),
@@ -129,6 +164,7 @@ def _site(core: _Named, view: View, semantics: Semantics, before: list[Match]) -
         cross=_crosses(found["query"], found["key"], draft, view),
         fingerprint=fingerprint(owner, draft.anchor, view),
         hidden_dim=hidden_dim,
+        normaliser=draft.normaliser,
     )
     nodes = CoreNodes(
         query=named.query,

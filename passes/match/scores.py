@@ -38,6 +38,8 @@ class _Walk:
     terms: dict[fx.Node, Labelled] = field(default_factory=dict)
     sink: Sink | None = None
     dtype: str | None = None
+    softmax: bool = True
+    shift_invariant: bool = True
 
     def join(self, at: fx.Node, term: fx.Node, main: fx.Node) -> Refusal | None:
         """Record that `term` joins the scores at node `at`."""
@@ -58,6 +60,8 @@ def scores(
 ) -> Scores | Refusal:
     """Walk back from a softmax whose result carries `labels`."""
     walk = _Walk(view, axes, facts, softmax.scores, labels, labels[softmax.dim])
+    walk.softmax = softmax.normaliser == "softmax"
+    walk.shift_invariant = softmax.shift_invariant
     key_axis = labels[softmax.dim]
     if softmax.dtype is not None:
         walk.dtype = str(softmax.dtype).removeprefix("torch.")
@@ -69,7 +73,7 @@ def scores(
             if walk.sink is not None:
                 key_axis = walk.sink.keys
             return _finish(walk, found, axes.leaves(key_axis))
-        if walk.sink is None and op(walk.node) == "cat":
+        if walk.softmax and walk.sink is None and op(walk.node) == "cat":
             refusal = _sink(walk, walk.node, key_axis)
             if refusal is not None:
                 return refusal
@@ -164,6 +168,8 @@ def _shift(walk: _Walk, node: fx.Node, main: list[fx.Node]) -> Refusal | None:
     """A number added to all scores of a row changes no softmax, but it changes a soft-cap."""
     if len(main) != 1 or any(isinstance(s, Softcap) for s in walk.steps):
         return Refusal("a constant is added to the scores before the soft-cap", node)
+    if not walk.shift_invariant:
+        return Refusal("a constant is added to scores that are not normalised by softmax", node)
     walk.facts.add("a constant added to all scores, which changes nothing")
     walk.node = main[0]
     return None

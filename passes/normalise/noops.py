@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from rewriter.extension import transparent_operators
 from rewriter.passes.normalise.ops import arguments, op, operand, value
 
 _COPIES = frozenset({"contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh"})
@@ -28,7 +29,7 @@ def is_noop(node: fx.Node) -> bool:
     if name in ("dropout", "feature_dropout", "alpha_dropout"):
         a = arguments(node)
         return not a["train"] or a["p"] == 0.0
-    return False
+    return name in transparent_operators() and _same_shape(node) and not changes_dtype(node)
 
 
 def _neutral(node: fx.Node, name: str) -> bool:

@@ -1,12 +1,14 @@
-"""One softmax for its spellings: the operators, and exp divided by its sum."""
+"""One softmax for its spellings: the operators, exp divided by its sum, normalisers of others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
 
+from rewriter import extension
 from rewriter.passes.normalise.noops import strip, strip_casts
 from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
 
@@ -19,7 +21,8 @@ class Softmax:
     """`node` = softmax of `scores` over dimension `dim` (positive).
 
     `dtype` is what the operator itself casts the scores to, if it does. `nodes` are the nodes of a
-    hand-written softmax between scores and result, result included.
+    hand-written softmax between scores and result, result included. `normaliser` is another name
+    for what another package reads (`rewriter.extension.Anchor`).
     """
 
     node: fx.Node
@@ -27,13 +30,29 @@ class Softmax:
     dim: int
     dtype: torch.dtype | None
     nodes: tuple[fx.Node, ...]
+    normaliser: str = "softmax"
+    shift_invariant: bool = True
 
 
 def softmax(node: fx.Node) -> Softmax | None:
-    """Read a node as the end of a softmax, or None."""
+    """Read a node as the end of a softmax or of an installed normaliser, or None."""
     val = value(node)
     if val is None:
         return None
+    return _softmax(node, val) or _of_others(node, val)
+
+
+def _of_others(node: fx.Node, val: torch.Tensor) -> Softmax | None:
+    for anchor in extension.anchors():
+        reading = extension.guarded(anchor, partial(anchor.read, node), None)
+        if reading is not None:
+            dim = dimension(reading.dim, val.dim())
+            facts = (anchor.name, anchor.shift_invariant)
+            return Softmax(node, reading.scores, dim, None, (node,), *facts)
+    return None
+
+
+def _softmax(node: fx.Node, val: torch.Tensor) -> Softmax | None:
     if op(node) in _OPERATORS:
         a = arguments(node)
         dtype = a.get("dtype")

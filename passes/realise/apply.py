@@ -55,7 +55,7 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
 
     Raises:
         UsageError: the plan names a module the model does not have.
-        VerificationError: an owner is not called exactly once per forward.
+        VerificationError: an owner does not run as often as it did when the plan was made.
     """
     from rewriter.passes.exact.rest import rest  # these need realisation themselves
     from rewriter.passes.realise.channel import superseded
@@ -67,7 +67,7 @@ def apply_plan(model: M, plan: Plan, examples: Examples | None = None) -> M:
     return rewritten
 
 
-Caches = dict[tuple[str, str, type[nn.Module]], EmissionCache]
+Caches = dict[tuple[tuple[tuple[str, str, str], ...], type[nn.Module]], EmissionCache]
 
 
 def realise(
@@ -85,7 +85,8 @@ def realise(
     if not targets:
         return model
     examples = examples if examples is not None else examples_for(model)
-    owners = [t.site.fqn for t in targets]
+    by_owner = _by_owner(targets)
+    owners = list(by_owner)
     for fqn in owners:
         _existing(model, fqn)
     first = observe(model, owners, examples.primary)
@@ -93,19 +94,69 @@ def realise(
     layers = cache_layers(model, owners, examples)
     sizes = (call_sizes(examples.primary), call_sizes(examples.resized))
     caches = {} if caches is None else caches
-    for target in targets:
-        fqn = target.site.fqn
-        observed = _once(fqn, first[fqn])
+    for fqn, members in by_owner.items():
+        sites = [t.site for t in members]
+        _runs_as_found(sites[0], first[fqn])
         owner = model.get_submodule(fqn)
-        key = (target.site.fingerprint or fqn, target.site.core_hash(), type(owner))
+        facts = tuple((s.core, s.fingerprint or fqn, s.core_hash()) for s in sites)
+        key = (facts, type(owner))
         if key not in caches:
             book = SizeBook()
-            book.learn(observed.named, _once(fqn, second[fqn]).named, sizes)
-            caches[key] = EmissionCache(type(owner), book, _cache_outputs(observed.output))
-        core = build_core(target, layers.get(fqn), owner)
-        make_owner(owner, target.site, core, caches[key])
+            for one, other in zip(first[fqn], second[fqn], strict=False):
+                book.learn(one.named, other.named, sizes)
+            outputs = _cache_outputs(first[fqn][0].output)
+            caches[key] = EmissionCache(type(owner), book, outputs)
+        places = _cache_places(sites, layers.get(fqn, ()))
+        cores = [
+            (t.site, build_core(t, places[t.site.slot], owner))
+            for t in sorted(members, key=lambda t: t.site.slot)
+        ]
+        make_owner(owner, cores, caches[key])
     ensure_called(model, owners, examples.primary)
     return model
+
+
+def _by_owner(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """One target for each block of each owner; the runs of an owner share it.
+
+    Raises:
+        UsageError: runs of one owner are to become different things.
+    """
+    out: dict[str, dict[int, list[Target]]] = {}
+    for target in targets:
+        out.setdefault(target.site.fqn, {}).setdefault(target.site.slot, []).append(target)
+    for fqn, slots in out.items():
+        for runs in slots.values():
+            wanted = {(t.mixer, repr(sorted(t.options.items()))) for t in runs}
+            if len(wanted) > 1 or len(runs) != runs[0].site.runs:
+                raise UsageError(different_runs(fqn, runs[0].site.runs))
+    return {fqn: [runs[0] for _, runs in sorted(slots.items())] for fqn, slots in out.items()}
+
+
+def different_runs(fqn: str, runs: int) -> str:
+    """Why a plan that treats runs of one module differently cannot be carried out."""
+    return (
+        f"'{fqn or 'the model'}' runs {runs} times in one forward pass with the same weights, so "
+        "all its runs need the same mixer: select all of its sites or none"
+    )
+
+
+def _cache_places(sites: Sequence[AttentionSite], found: Sequence[int]) -> dict[int, int | None]:
+    """The cache layer of each block of an owner, where it is known.
+
+    A module that runs several times fills several layers, of which its one mixer can have none.
+    """
+    places: dict[int, int | None] = dict.fromkeys((s.slot for s in sites), None)
+    if sites[0].runs > 1 or not found:
+        return places
+    if sites[0].slots == 1:
+        return {sites[0].slot: found[0]}
+    filling = [s.slot for s in sites if s.kind == "causal" and not s.cross]
+    if len(found) == sites[0].slots == len(sites):
+        filling = [s.slot for s in sites]
+    if len(found) == len(filling):
+        places.update(zip(filling, found, strict=True))
+    return places
 
 
 def build_core(target: Target, layer: int | None, owner: nn.Module) -> nn.Module:
@@ -148,13 +199,12 @@ def _existing(model: nn.Module, fqn: str) -> None:
         )
 
 
-def _once(fqn: str, calls: list[Observed]) -> Observed:
-    if len(calls) != 1:
+def _runs_as_found(site: AttentionSite, calls: Sequence[Observed]) -> None:
+    if len(calls) != site.runs:
         raise VerificationError(
-            f"'{fqn or 'the model'}' runs {len(calls)} times in one forward pass; only modules "
-            "that run exactly once can be rewritten"
+            f"'{site.fqn or 'the model'}' runs {len(calls)} times in one forward pass, but its "
+            f"attention was found in {site.runs} of them"
         )
-    return calls[0]
 
 
 def _cache_outputs(output: Any) -> tuple[int, ...]:

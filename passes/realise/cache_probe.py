@@ -1,4 +1,4 @@
-"""Which cache layer each owner fills: found by watching `update` calls, not by attribute names."""
+"""Which cache layers each owner fills: found by watching `update` calls, not by attribute names."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ def new_cache(model: nn.Module) -> Cache:
     return cache
 
 
-def cache_layers(model: nn.Module, owners: Sequence[str], examples: Examples) -> dict[str, int]:
-    """Cache layer index by owner path; owners that do not use the cache are left out.
+def cache_layers(
+    model: nn.Module, owners: Sequence[str], examples: Examples
+) -> dict[str, list[int]]:
+    """Cache layers by owner path, in the order they are filled; owners without one are left out.
 
-    Of an encoder-decoder model it is the index in the cache of the decoder's own tokens.
+    Of an encoder-decoder model they are layers of the cache of the decoder's own tokens.
     """
     if not examples.cached:
         return {}
     running: list[str] = []
-    found: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
     cache = new_cache(model)
     own: Any = getattr(cache, "self_attention_cache", cache)
     update = own.update
 
     def watched(keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if running:
-            found.setdefault(running[-1], layer_idx)
+            found.setdefault(running[-1], []).append(layer_idx)
         return update(keys, values, layer_idx, *args, **kwargs)
 
     own.update = watched

@@ -33,11 +33,14 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Everything about a call that its traced graph depends on, besides tensor sizes and values."""
+    """Everything about a call that its traced graph depends on, besides tensor sizes and values.
+
+    `weights` says of each core whether it returns attention weights.
+    """
 
     leaves: tuple[Leaf, ...]
     training: bool
-    weights: bool
+    weights: tuple[bool, ...]
 
     def describe(self) -> str:
         parts = [
@@ -93,7 +96,7 @@ def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def read(
-    named: Mapping[str, Any], training: bool, weights: bool
+    named: Mapping[str, Any], training: bool, weights: tuple[bool, ...]
 ) -> tuple[Pattern, dict[Path, torch.Tensor], Any]:
     """The pattern of a call, its distinct tensors by path, and its cache object (or None)."""
     leaves: list[Leaf] = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from rewriter.passes.capture import Captured
-from rewriter.passes.match.result import CoreNodes
 from rewriter.passes.provenance import module_path, module_stack
 
 
@@ -22,11 +22,11 @@ class ChildCall:
     output: Node
 
 
-def child_calls(captured: Captured, core: CoreNodes) -> dict[Node, ChildCall]:
+def child_calls(captured: Captured, region: Set[Node]) -> dict[Node, ChildCall]:
     """Map every node that belongs to a re-raisable child call to that call.
 
-    A child is called again as a module when all its nodes lie outside the core, read exactly one
-    tensor from outside (parameters and sizes aside) and give exactly one tensor to the outside.
+    A child is called again as a module when all its nodes lie outside the cores (`region`), read
+    exactly one tensor from outside (parameters and sizes aside) and give exactly one to it.
     Of nested candidates the outermost wins. Children called more than once are left inline.
     """
     groups: dict[str, list[Node]] = defaultdict(list)
@@ -41,7 +41,7 @@ def child_calls(captured: Captured, core: CoreNodes) -> dict[Node, ChildCall]:
     calls: dict[Node, ChildCall] = {}
     for path in sorted(groups, key=lambda p: p.count(".")):
         nodes = groups[path]
-        if any(node in calls or node in core.region for node in nodes):
+        if any(node in calls or node in region for node in nodes):
             continue
         call = _single(path, nodes, captured)
         if call is not None:

@@ -1,4 +1,4 @@
-"""Emission: an owner's captured graph becomes Python again, with the core as `self.core(...)`.
+"""Emission: an owner's captured graph becomes Python again, each core as `self.core(...)`.
 
 Everything around the core is kept node for node. Leaf children are called as modules again, so
 that a child replaced later (a LoRA layer, a quantised linear) is honoured; parameters are read
@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx import Graph, Node
 
 from rewriter.passes.capture import Captured
-from rewriter.passes.match.result import CoreNodes, Match
+from rewriter.passes.match.result import CoreNodes, Match, Operand
 from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
 
@@ -53,36 +53,52 @@ class Emission:
     dropped: tuple[str, ...]
 
 
-def emit(captured: Captured, match: Match, weights: bool, terms: int) -> Emission:
-    """Generate the code of one owner with its core replaced.
+@dataclass(frozen=True)
+class Replaced:
+    """A core of an owner that a mixer takes the place of.
 
-    Args:
-        captured: the owner alone.
-        match: the one core found in it.
-        weights: the new core returns attention weights too (only the exact core does).
+    Attributes:
+        name: path of the mixer in the owner.
+        match: the core, found in the owner alone.
+        weights: the mixer returns attention weights too (only the exact one does).
         terms: how many mask and bias tensors the site has; those absent in this call are None.
+    """
+
+    name: str
+    match: Match
+    weights: bool
+    terms: int
+
+    @property
+    def nodes(self) -> CoreNodes:
+        return self.match.nodes
+
+
+def emit(captured: Captured, cores: Sequence[Replaced]) -> Emission:
+    """Generate the code of one owner with these of its cores replaced.
 
     Raises:
-        EmissionError: the graph around the core needs something the new core does not give.
+        EmissionError: the graph around a core needs something the new core does not give.
     """
-    present = len(match.nodes.terms)
-    if present not in (0, terms):
-        raise EmissionError(f"{present} of {terms} mask and bias tensors are present in this call")
-    return _Emitter(captured, match, weights, terms).build()
+    for core in cores:
+        present = len(core.nodes.terms)
+        if present not in (0, core.terms):
+            raise EmissionError(
+                f"{present} of {core.terms} mask and bias tensors are present in this call"
+            )
+    return _Emitter(captured, cores).build()
 
 
 class _Emitter:
-    def __init__(self, captured: Captured, match: Match, weights: bool, terms: int):
-        self.terms = terms
+    def __init__(self, captured: Captured, cores: Sequence[Replaced]):
         self.captured = captured
-        self.match = match
-        self.weights = weights
+        self.cores = {core.nodes.output.node: core for core in cores}
+        self.region = frozenset(node for core in cores for node in core.nodes.region)
         self.graph = Graph()
         self.new: dict[Node, Any] = {}
         self.attributes: dict[str, Node] = {}
         self.sizes: dict[Any, Node] = {}
         self.dropped: list[str] = []
-        self.weight_nodes: set[Node] = set()
         self.without_weights: set[Node] = set()
 
     def build(self) -> Emission:
@@ -95,10 +111,10 @@ class _Emitter:
         for node in lifted:
             self.new[node] = self.graph.placeholder(node.name)
         self._root_sizes(tensors)
-        children = child_calls(self.captured, self.match.nodes)
-        self.weight_nodes = _weight_nodes(self.match.nodes)
-        if not self.weights:
-            self.without_weights = _downstream(self.weight_nodes, self.match.nodes)
+        children = child_calls(self.captured, self.region)
+        for core in self.cores.values():
+            if not core.weights:
+                self.without_weights |= _downstream(_weight_nodes(core.nodes), core.nodes)
         for node in nodes:
             self._emit(node, children, cache)
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -106,7 +122,7 @@ class _Emitter:
         names = tuple(n.name for n in tensors)
         code = self.graph.python_code("self")
         scope: dict[str, Any] = {**code.globals}
-        exec(compile(code.src, f"<re-emitted {self.match.site.fqn or 'model'}>", "exec"), scope)
+        exec(compile(code.src, "<re-emitted module>", "exec"), scope)
         used = frozenset(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
         for n in self.graph.nodes:
             if n.op == "call_module":
@@ -126,9 +142,8 @@ class _Emitter:
         )
 
     def _root_sizes(self, tensors: Sequence[Node]) -> None:
-        """Map each symbolic size to `x.size(d)` of a data input on the query's path."""
-        query = self.match.nodes.query.node
-        upstream = _ancestors(query)
+        """Map each symbolic size to `x.size(d)` of a data input on the path of a query."""
+        upstream = set[Node]().union(*(_ancestors(c.nodes.query.node) for c in self.cores.values()))
         ordered = sorted(tensors, key=lambda n: (n not in upstream, -_rank(n)))
         for node in ordered:
             if node not in upstream:
@@ -139,7 +154,6 @@ class _Emitter:
                     self.sizes[expr] = self.graph.call_method("size", (self.new[node], dim))
 
     def _emit(self, node: Node, children: Mapping[Node, ChildCall], cache: Node) -> None:
-        core = self.match.nodes
         if node.op == "placeholder":
             return
         if node.op == "output":
@@ -147,10 +161,10 @@ class _Emitter:
             assert isinstance(results, tuple | list)
             self.graph.output(tuple(self._output(a) for a in results))
             return
-        if node is core.output.node:
-            self._emit_core(cache)
+        if node in self.cores:
+            self._emit_core(self.cores[node], cache)
             return
-        if node in core.region or node in self.without_weights or _is_check(node):
+        if node in self.region or node in self.without_weights or _is_check(node):
             return
         child = children.get(node)
         if child is not None:
@@ -169,9 +183,9 @@ class _Emitter:
             copied.op, copied.target = "call_method", "size"
         self.new[node] = copied
 
-    def _emit_core(self, cache: Node) -> None:
-        core, site = self.match.nodes, self.match.site
-        tokens = self._tokens()
+    def _emit_core(self, replaced: Replaced, cache: Node) -> None:
+        core, site = replaced.nodes, replaced.match.site
+        tokens = self._tokens(core.query)
         operands = []
         for operand, order, channels in (
             (core.query, CANONICAL, site.heads.key_dim),
@@ -184,7 +198,7 @@ class _Emitter:
                     self.graph, source, operand.layout, order, site.heads, channels, tokens
                 )
             )
-        terms: list[Any] = [] if core.terms else [None] * self.terms
+        terms: list[Any] = [] if core.terms else [None] * replaced.terms
         for term in core.terms:
             value = self._arg(term.node)
             folded = any(len(dim) > 1 for dim in term.layout.dims)
@@ -192,26 +206,25 @@ class _Emitter:
                 value = self.graph.call_method("unflatten", (value, 0, (-1, site.heads.query)))
             terms.append(value)
         call = self.graph.call_module(
-            "core",
+            replaced.name,
             (*operands, tuple(terms)),
             {
                 "cache": cache,
-                "need_weights": core.weights is not None and self.weights,
+                "need_weights": core.weights is not None and replaced.weights,
                 "hidden": None if core.hidden is None else self._arg(core.hidden),
             },
         )
         call.meta["rule"] = RULE
         out = self.graph.call_function(operator.getitem, (call, 0))
         self.new[core.output.node] = from_canonical(self.graph, out, core.output.layout, site.heads)
-        if core.weights is not None and self.weights:
+        if core.weights is not None and replaced.weights:
             weights = self.graph.call_function(operator.getitem, (call, 1))
             if any(len(dim) > 1 for dim in core.weights.layout.dims):
                 weights = self.graph.call_method("flatten", (weights, 0, 1))
-            for node in self.weight_nodes:
+            for node in _weight_nodes(core):
                 self.new[node] = weights
 
-    def _tokens(self) -> Any:
-        query = self.match.nodes.query
+    def _tokens(self, query: Operand) -> Any:
         for dim, axes in enumerate(query.layout.dims):
             if axes == ("token",):
                 size = _value(query.node).shape[dim]

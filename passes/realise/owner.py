@@ -8,7 +8,7 @@ pattern has its own emission, traced when first needed and shared by all identic
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from rewriter.errors import VerificationError
+from rewriter.errors import UnsupportedError, VerificationError
 from rewriter.ir.site import AttentionSite, NearMiss
+from rewriter.mixers.placed import core_at, place
 from rewriter.passes.capture import Captured, capture
 from rewriter.passes.match import Match, match
 from rewriter.passes.realise.calls import (
@@ -29,7 +30,7 @@ from rewriter.passes.realise.calls import (
     map_leaves,
     read,
 )
-from rewriter.passes.realise.emit import Emission, EmissionError, emit
+from rewriter.passes.realise.emit import Emission, EmissionError, Replaced, emit
 from rewriter.passes.realise.sizes import SizeBook
 from rewriter.passes.realise.subclass import InPlace, become
 
@@ -48,10 +49,10 @@ class Traced:
 
 @dataclass(frozen=True)
 class Capture:
-    """A captured owner with the one core found in it, and the structure of its output."""
+    """A captured owner with the cores found in it, and the structure of its output."""
 
     captured: Captured
-    found: Match
+    found: tuple[Match, ...]
     structure: Any
 
 
@@ -82,23 +83,22 @@ class EmissionCache:
 
 @dataclass
 class OwnerState:
-    """What a re-emitted module knows about itself."""
+    """What a re-emitted module knows about itself; `sites` are those that were rewritten."""
 
-    site: AttentionSite
+    sites: tuple[AttentionSite, ...]
     signature: Signature
     cache: EmissionCache
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _owner_state, (self.site.to_json(), self.cache)
+        return _owner_state, ([site.to_json() for site in self.sites], self.cache)
 
     def __deepcopy__(self, memo: dict[int, object]) -> OwnerState:
         return self
 
 
-def _owner_state(site: Mapping[str, Any], cache: EmissionCache) -> OwnerState:
-    return OwnerState(
-        AttentionSite.from_json(site), Signature(cache.base.forward, method=True), cache
-    )
+def _owner_state(sites: Sequence[Mapping[str, Any]], cache: EmissionCache) -> OwnerState:
+    read_back = tuple(AttentionSite.from_json(site) for site in sites)
+    return OwnerState(read_back, Signature(cache.base.forward, method=True), cache)
 
 
 class ReEmitted(InPlace):
@@ -107,11 +107,14 @@ class ReEmitted(InPlace):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state: OwnerState = self.__dict__[STATE]
         named = state.signature.bind(args, kwargs)
-        if self._leaves_the_cache(named):
+        cores = [core_at(self, site) for site in state.sites]
+        if any(isinstance(x, Cache) for x in named.values()) and _leaves(state, named, cores):
             return state.cache.base.forward(self, *args, **kwargs)
         # A fused core has no weights to give, so exact and new cores share its emissions.
-        exact = bool(getattr(self.core, "provides_weights", False))
-        provides = exact and state.site.spelling == "eager"
+        provides = tuple(
+            site.spelling == "eager" and bool(getattr(core, "provides_weights", False))
+            for site, core in zip(state.sites, cores, strict=True)
+        )
         pattern, tensors, cache = read(named, self.training, provides)
         traced = state.cache.traced.get(pattern)
         if traced is None:
@@ -124,12 +127,28 @@ class ReEmitted(InPlace):
             flat = tuple(cache if n in traced.cache_outputs else x for n, x in enumerate(flat))
         return pytree.tree_unflatten(flat, traced.structure)
 
-    def _leaves_the_cache(self, named: Mapping[str, Any]) -> bool:
-        """Whether a call is left to the original code: an exact core with the cache of two
-        sequences, which keeps keys of the source that must not be computed again."""
-        info = getattr(self.core, "info", None)
-        exact = info is not None and info.tier == "exact"
-        return exact and any(isinstance(x, EncoderDecoderCache) for x in named.values())
+
+def _leaves(state: OwnerState, named: Mapping[str, Any], cores: Sequence[nn.Module]) -> bool:
+    """Whether a call with a cache is left to the original code, which exact cores may do.
+
+    A cache of two sequences keeps keys of the source that must not be computed again; a module
+    that runs several times, or of which a block stayed as it was, finds its place in it by itself.
+
+    Raises:
+        UnsupportedError: a block that stayed as it was needs the cache beside a new core.
+    """
+    infos = [getattr(core, "info", None) for core in cores]
+    exact = all(info is not None and info.tier == "exact" for info in infos)
+    first = state.sites[0]
+    partly = len(state.sites) < first.slots
+    if partly and not exact:
+        raise UnsupportedError(
+            f"'{first.fqn or 'the model'}' computes {first.slots} attention blocks of which "
+            f"{len(state.sites)} were rewritten, so it cannot share one cache among them; call "
+            "the model with use_cache=False, or rewrite all of its blocks"
+        )
+    two = any(isinstance(x, EncoderDecoderCache) for x in named.values())
+    return exact and (two or partly or first.runs > 1)
 
 
 def original_view(owner: nn.Module, base: type[nn.Module]) -> nn.Module:
@@ -157,13 +176,19 @@ def trace(
     Raises:
         VerificationError: the trace is not the site that was matched in the whole model.
     """
-    where = f"'{state.site.fqn or 'the model'}' called with {pattern.describe()}"
-    key = replace(pattern, weights=False)
+    where = f"'{state.sites[0].fqn or 'the model'}' called with {pattern.describe()}"
+    key = replace(pattern, weights=())
     if key not in state.cache.captures:
         state.cache.captures[key] = _captured(owner, state, named, tensors, where)
     capture_ = state.cache.captures[key]
     try:
-        emission = emit(capture_.captured, capture_.found, pattern.weights, len(state.site.terms))
+        emission = emit(
+            capture_.captured,
+            [
+                Replaced(site.core, capture_.found[site.slot], weights, len(site.terms))
+                for site, weights in zip(state.sites, pattern.weights, strict=True)
+            ],
+        )
     except EmissionError as error:
         raise VerificationError(f"cannot re-emit {where}: {error}") from None
     by_text = _argument_paths(pattern)
@@ -188,15 +213,21 @@ def _captured(
     if isinstance(captured, NearMiss):
         raise VerificationError(f"cannot trace {where}: {captured.reason}")
     found = match(captured)
-    if len(found.matches) != 1:
-        reasons = "; ".join(m.describe() for m in found.misses) or "no attention in the graph"
-        raise VerificationError(
-            f"tracing {where} gave {len(found.matches)} attention blocks instead of one ({reasons})"
+    wanted = state.sites[0].slots
+    if len(found.matches) != wanted:
+        inside = sorted({m.site.fqn for m in found.matches} - {""})
+        reasons = "; ".join(m.describe() for m in found.misses) or (
+            f"the attention of '{inside[0]}' lies inside it" if inside else "no attention in it"
         )
-    difference = disagreement(state.site, found.matches[0].site)
-    if difference is not None:
-        raise VerificationError(f"tracing {where} gave another attention: {difference}")
-    return Capture(captured, found.matches[0], pytree.tree_structure(live))
+        raise VerificationError(
+            f"tracing {where} gave {len(found.matches)} attention blocks instead of "
+            f"{wanted} ({reasons})"
+        )
+    for site in state.sites:
+        difference = disagreement(site, found.matches[site.slot].site)
+        if difference is not None:
+            raise VerificationError(f"tracing {where} gave another attention: {difference}")
+    return Capture(captured, found.matches, pytree.tree_structure(live))
 
 
 def _argument_paths(pattern: Pattern) -> dict[str, Path]:
@@ -225,7 +256,7 @@ def disagreement(site: AttentionSite, traced: AttentionSite) -> str | None:
     mask may be absent in this pattern, so masks and terms are not compared.
     """
     ours, theirs = site.core_facts(), traced.core_facts()
-    for name in ("heads", "softmax_dtype", "rotary_dim", "qk_norm", "spelling"):
+    for name in ("heads", "softmax_dtype", "rotary_dim", "qk_norm", "spelling", "normaliser"):
         if ours[name] != theirs[name]:
             return f"{name} is {theirs[name]}, matched as {ours[name]}"
     if abs(site.scale - traced.scale) > 1e-9 * abs(site.scale):
@@ -242,10 +273,14 @@ def emissions_of(owner: nn.Module) -> list[Emission]:
 
 
 def make_owner(
-    owner: nn.Module, site: AttentionSite, core: nn.Module, cache: EmissionCache
+    owner: nn.Module,
+    cores: Sequence[tuple[AttentionSite, nn.Module]],
+    cache: EmissionCache,
 ) -> None:
-    """Turn `owner` in place into its re-emitted form with `core` as a child."""
+    """Turn `owner` in place into its re-emitted form, with the mixer of each site as a child."""
     base = type(owner)
-    owner.__dict__[STATE] = OwnerState(site, Signature(base.forward, method=True), cache)
+    sites = tuple(site for site, _ in cores)
+    owner.__dict__[STATE] = OwnerState(sites, Signature(base.forward, method=True), cache)
     become(owner, ReEmitted)
-    owner.core = core
+    for site, core in cores:
+        place(owner, site, core)

@@ -6,7 +6,7 @@ silently ignore a rewrite. A hook on the child keeps them from doing so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,28 +14,33 @@ import torch
 from torch import nn
 
 from rewriter.errors import VerificationError
+from rewriter.mixers.placed import mixers_of
 from rewriter.passes.examples import Call
 
 
 @contextmanager
 def _counted(owner: nn.Module, counts: dict[str, int], fqn: str) -> Iterator[None]:
-    """Count calls of the core without hooks, since hooks change which path is taken."""
-    core = owner.get_submodule("core")
-    forward = core.forward
+    """Count calls of the cores without hooks, since hooks change which path is taken."""
+    cores = list(mixers_of(owner).values())
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        counts[fqn] += 1
-        return forward(*args, **kwargs)
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counts[fqn] += 1
+            return forward(*args, **kwargs)
 
-    core.__dict__["forward"] = counting
+        return count
+
+    for core in cores:
+        core.__dict__["forward"] = counting(core.forward)
     try:
         yield
     finally:
-        del core.__dict__["forward"]
+        for core in cores:
+            del core.__dict__["forward"]
 
 
 def core_calls(model: nn.Module, owners: Sequence[str], call: Call) -> dict[str, int]:
-    """How often each owner's core runs in one evaluation call without gradients."""
+    """How often the cores of each owner run in one evaluation call without gradients."""
     counts = dict.fromkeys(owners, 0)
     with ExitStack() as stack:
         for fqn in owners:

@@ -119,6 +119,8 @@ def caller_decides(found: Match, view: View) -> str | None:
 def _unfit(site: AttentionSite, nodes: CoreNodes) -> str | None:
     if site.mask.opaque is not None:
         return f"the mask is opaque ({site.mask.opaque})"
+    if site.normaliser != "softmax":
+        return f"the scores are normalised by {site.normaliser}, which has no fused form"
     if site.has_bias:
         return "the scores have an additive bias, which has no fused form here yet"
     if nodes.weights is not None:

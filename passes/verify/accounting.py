@@ -21,17 +21,15 @@ MARK = "core"
 
 def check_accounting(rewritten: nn.Module, targets: Sequence[Target]) -> Iterator[ContractResult]:
     """Contract 1 for every owner: parameters read before are read now, drops are named."""
-    for target in targets:
-        emissions = emissions_of(rewritten.get_submodule(target.site.fqn))
+    for fqn in dict.fromkeys(target.site.fqn for target in targets):
+        emissions = emissions_of(rewritten.get_submodule(fqn))
         lost = sorted({name for e in emissions for name in e.unaccounted})
         dropped = sorted({text for e in emissions for text in e.dropped})
         if lost:
             detail = "parameters no longer used: " + ", ".join(lost)
         else:
             detail = "; ".join(dropped)
-        yield judged(
-            1, "parameters the new code no longer reads", target.site.fqn, len(lost), 0, detail
-        )
+        yield judged(1, "parameters the new code no longer reads", fqn, len(lost), 0, detail)
 
 
 def is_new_key(key: str) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from rewriter.ir.contract import ContractResult
 from rewriter.mixers.base import Mixer
+from rewriter.mixers.placed import core_at
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.realise import Target
 from rewriter.passes.realise.calls import observe
@@ -25,23 +26,23 @@ def check_gap(
     if not targets:
         return
     call = _long_call(examples)
-    fqns = [t.site.fqn for t in targets]
+    fqns = list(dict.fromkeys(t.site.fqn for t in targets))
     streams = observe(original, fqns, call)
     for target in targets:
-        fqn = target.site.fqn
-        observed = streams[fqn][0]
+        fqn, name = target.site.fqn, target.site.label
+        observed = streams[fqn][target.site.run]
         owner = rewritten.get_submodule(fqn)
-        core = owner.get_submodule("core")
+        core = core_at(owner, target.site)
         assert isinstance(core, Mixer)
         teacher = tensors_of(observed.output)[0]
         whole = relative_error(_output(owner, observed.named), teacher)
-        yield ContractResult(9, "relative teacher gap", fqn, "reported", whole)
+        yield ContractResult(9, "relative teacher gap", name, "reported", whole)
         for branch in core.branches:
             with core.without(branch):
                 error = relative_error(_output(owner, observed.named), teacher)
             detail = f"whole core: {whole:.3f}"
             yield ContractResult(
-                9, f"gap without branch '{branch}'", fqn, "reported", error, detail=detail
+                9, f"gap without branch '{branch}'", name, "reported", error, detail=detail
             )
 
 

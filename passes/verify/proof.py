@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -57,8 +57,12 @@ def prove_sites(
         The identity rewrite of all proved sites (parameters shared with `model`), and one proof
         per site in order.
     """
-    seen = observe(model, [s.fqn for s in sites], examples.primary)
-    proofs = [SiteProof(s, 0.0, _not_once(len(seen[s.fqn]))) for s in sites]
+    seen = observe(model, list(dict.fromkeys(s.fqn for s in sites)), examples.primary)
+    together: dict[str, list[AttentionSite]] = {}
+    for site in sites:
+        together.setdefault(site.fqn, []).append(site)
+    unfit = {fqn: _unfit(members, len(seen[fqn])) for fqn, members in together.items()}
+    proofs = [SiteProof(s, 0.0, unfit[s.fqn]) for s in sites]
     good = [p.site for p in proofs if p.refusal is None]
     while True:
         identity = realise(
@@ -72,16 +76,30 @@ def prove_sites(
         good = left
 
 
-def _not_once(calls: int) -> str | None:
-    if calls == 1:
-        return None
-    return f"the module runs {calls} times in one forward pass instead of once"
+def _unfit(sites: Sequence[AttentionSite], calls: int) -> str | None:
+    """Why the sites of one owner cannot be rewritten, by how often it runs and what runs give."""
+    runs = sites[0].runs
+    if calls != runs:
+        return (
+            f"the module runs {calls} times in one forward pass, but its attention was found in "
+            f"{runs} of them"
+        )
+    first = {s.slot: s.core_facts() for s in sites if s.run == 0}
+    for site in sites:
+        if site.slots != len(first):
+            return f"its runs compute {len(first)} and {site.slots} attention blocks"
+        facts = site.core_facts()
+        odd = [name for name in facts if facts[name] != first[site.slot][name]]
+        if odd:
+            return f"its runs compute different attention: they differ in {', '.join(odd)}"
+    return None
 
 
 def _compare(
     model: nn.Module, identity: nn.Module, sites: Sequence[AttentionSite], examples: Examples
 ) -> list[SiteProof]:
     """Every owner on what it is given in each example call, as it is and sharpened."""
+    # One proof for each owner, shared by its sites.
     worst = {site.fqn: SiteProof(site, 0.0) for site in sites}
     for name, call in {"captured call": examples.primary, **examples.variants}.items():
         streams = observe(model, list(worst), call)
@@ -89,7 +107,7 @@ def _compare(
             if proof.refusal is None:
                 ours, theirs = identity.get_submodule(fqn), model.get_submodule(fqn)
                 worst[fqn] = _judge(proof, name, ours, theirs, streams[fqn])
-    return list(worst.values())
+    return [replace(worst[site.fqn], site=site) for site in sites]
 
 
 def _judge(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.mixers.base import Mixer
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.verify.compare import first_tensor, max_difference
@@ -39,7 +40,10 @@ def check_model(
     scale = max(1.0, float(full.abs().max()))
     low = 200.0 if full.dtype in (torch.bfloat16, torch.float16) else 1.0
     bound = BOUND * low
-    if examples.cached:
+    refused = undecodable(rewritten)
+    if examples.cached and refused is not None:
+        yield ContractResult(3, "logits with a cache", "model", "not applicable", detail=refused)
+    elif examples.cached:
         for name, sizes in _splits().items():
             measured = max_difference(_cached(rewritten, ids, examples, sizes), full) / scale
             yield judged(
@@ -64,6 +68,16 @@ def check_model(
     one = _run(rewritten, ids[:, :1], examples)
     finite = 0.0 if bool(torch.isfinite(one).all()) else float("inf")
     yield judged(4, "length 1 and unseen lengths run", "model", finite, 0.0)
+
+
+def undecodable(rewritten: nn.Module) -> str | None:
+    """Why a rewritten model cannot decode with a cache, or None."""
+    for module in rewritten.modules():
+        if isinstance(module, Mixer) and module.info.tier != "exact":
+            reason = module.stateless()
+            if reason is not None:
+                return reason
+    return None
 
 
 def _splits() -> dict[str, list[int]]:

@@ -227,14 +227,14 @@ def _check_reach(student: Any, length: int) -> None:
     Raises:
         UsageError: a far field, say, begins only after the end of the rows.
     """
-    from rewriter.distill.copies import rewritten_owners
+    from rewriter.distill.copies import rewritten_cores
     from rewriter.mixers.base import Mixer
 
-    for path, core in rewritten_owners(student).items():
+    for core in rewritten_cores(student).values():
         if type(core).test_length is not Mixer.test_length and core.test_length() > length:
             raise UsageError(
-                f"rows of {length} tokens are too short for '{core.info.name}' at '{path}' to "
-                f"learn from; use --length {core.test_length()} or more"
+                f"rows of {length} tokens are too short for '{core.info.name}' at "
+                f"'{core.site.fqn}' to learn from; use --length {core.test_length()} or more"
             )
 
 

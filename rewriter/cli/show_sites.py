@@ -19,6 +19,7 @@ from rewriter.cli.tables import (
     ranges,
     table,
 )
+from rewriter.ir.advice import mask_advice
 from rewriter.ir.mask import Mask
 from rewriter.ir.site import AttentionSite, NearMiss
 
@@ -92,7 +93,7 @@ def story(
     """
     parts: list[RenderableType] = []
     for site in sites:
-        title = f"site {site.index}: {site.fqn or 'the model itself'} - understood"
+        title = f"site {site.index}: {site.label} - understood"
         parts += [heading(title), facts(_everything(site, alike.get(site.index, ())))]
         parts.append(heading("mixers"))
         lines = [
@@ -101,18 +102,32 @@ def story(
         ]
         parts.append(facts(lines))
     for miss in misses:
-        title = f"near miss in {miss.source.module or 'the model itself'} - not understood"
-        parts.append(heading(title))
-        rows = [
-            ("stage", miss.stage),
-            ("reason", miss.reason),
-            ("node", miss.source.node),
-            ("source", place(miss.source.file, miss.source.line)),
-        ]
-        parts.append(facts(rows))
-        if miss.facts:
-            parts.append(Text("understood until then:"))
-            parts.append(bullets(("-", fact) for fact in miss.facts))
+        parts += miss_story(miss)
+    return parts
+
+
+_STEPS = ("softmax", "scores", "values", "axes", "tokens")
+
+
+def miss_story(miss: NearMiss) -> list[RenderableType]:
+    """A near miss from what was understood first to what to do about it."""
+    title = f"near miss in {miss.source.module or 'the model itself'} - not understood"
+    rows: list[tuple[str, str]] = []
+    steps = _STEPS[: _STEPS.index(miss.step) + 1] if miss.step in _STEPS else (miss.step,)
+    for step in steps:
+        known = [f.removeprefix(f"{step}: ") for f in miss.facts if f.startswith(f"{step}: ")]
+        stopped = ["stopped here"] if step == miss.step else []
+        rows.append((step or miss.stage, "; ".join(known + stopped) or "nothing in the way"))
+    rows += [(" ", fact) for fact in miss.facts if fact.partition(": ")[0] not in _STEPS]
+    rows += [
+        ("reason", f"{miss.stage}: {miss.reason}"),
+        ("node", miss.source.node),
+        ("source", place(miss.source.file, miss.source.line)),
+        ("what to do", miss.advice),
+    ]
+    parts: list[RenderableType] = [heading(title), facts(rows)]
+    if miss.graph:
+        parts += [Text("the graph around it:"), Text("\n".join(f"  {x}" for x in miss.graph))]
     return parts
 
 
@@ -124,21 +139,20 @@ def mask_words(mask: Mask) -> str:
 
 
 def miss_lines(misses: Sequence[NearMiss]) -> list[tuple[str, str]]:
-    return [
-        (
-            "-",
-            f"{miss.stage}: {miss.reason}; node '{miss.source.node}' in "
-            f"'{miss.source.module or 'the model itself'}' "
-            f"({place(miss.source.file, miss.source.line)})",
-        )
-        for miss in misses
-    ]
+    """What stopped each near miss, and below it what to do."""
+    lines: list[tuple[str, str]] = []
+    for miss in misses:
+        where = f"node '{miss.source.node}' in '{miss.source.module or 'the model itself'}'"
+        at = place(miss.source.file, miss.source.line)
+        lines.append(("-", f"{miss.stage}: {miss.reason}; {where} ({at})"))
+        lines.append((" ", miss.advice))
+    return lines
 
 
 def _row(site: AttentionSite) -> list[str]:
     return [
         str(site.index),
-        site.fqn or "(the model)",
+        site.label if site.slots * site.runs > 1 else site.fqn or "(the model)",
         _heads(site),
         mask_words(site.mask),
         _position(site),
@@ -178,6 +192,8 @@ def _details(site: AttentionSite) -> tuple[tuple[str, str], ...]:
 
 def _softmax(site: AttentionSite) -> str:
     words: list[str] = [site.spelling]
+    if site.normaliser != "softmax":
+        words.append(site.normaliser)
     if site.softmax_dtype:
         words.append(f"in {site.softmax_dtype}")
     if site.qk_norm:
@@ -219,6 +235,8 @@ def _everything(site: AttentionSite, alike: Sequence[int]) -> list[tuple[str, st
         ("source", f"{site.source.file or 'unknown file'}:{site.source.line or '?'}"),
         ("node", site.source.node),
     ]
+    if site.mask.opaque is not None:
+        rows.append(("what to do", mask_advice(site.mask.opaque)))
     if site.prescaled != 1.0:
         rows.append(("query prescaled", number(site.prescaled)))
     if site.fingerprint:

@@ -16,26 +16,33 @@ from torch import nn
 
 from rewriter.errors import UsageError
 from rewriter.mixers.base import Mixer
+from rewriter.mixers.placed import mixers_of
 
-CORE = "core"
 
-
-def rewritten_owners(student: nn.Module) -> dict[str, Mixer]:
-    """Paths of the modules whose core is a mixer that is not exact, in module order."""
-    owners: dict[str, Mixer] = {}
+def rewritten_owners(student: nn.Module) -> dict[str, dict[str, Mixer]]:
+    """Modules with mixers that are not exact, in module order: path -> mixers by path in it."""
+    owners: dict[str, dict[str, Mixer]] = {}
     for path, module in student.named_modules():
-        core = module._modules.get(CORE)
-        if isinstance(core, Mixer) and core.info.tier != "exact":
-            owners[path] = core
+        cores = {n: m for n, m in mixers_of(module).items() if m.info.tier != "exact"}
+        if cores:
+            owners[path] = cores
     return owners
+
+
+def rewritten_cores(student: nn.Module) -> dict[str, Mixer]:
+    """The mixers that are not exact by their full path, in module order."""
+    return {
+        f"{path}.{name}" if path else name: core
+        for path, cores in rewritten_owners(student).items()
+        for name, core in cores.items()
+    }
 
 
 def core_names(student: nn.Module) -> list[str]:
     """Names of the new parameters: those of the mixers of all rewritten owners."""
     names = []
-    for path, core in rewritten_owners(student).items():
-        prefix = f"{path}.{CORE}" if path else CORE
-        names += [f"{prefix}.{name}" for name, _ in core.named_parameters()]
+    for path, core in rewritten_cores(student).items():
+        names += [f"{path}.{name}" for name, _ in core.named_parameters()]
     return names
 
 

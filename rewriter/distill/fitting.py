@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriter.distill.copies import rewritten_owners
+from rewriter.distill.copies import rewritten_cores
 from rewriter.distill.data import Rows
 from rewriter.distill.stages import call
 from rewriter.evaluate.scoring import evaluation_mode
@@ -57,7 +57,7 @@ def fit_cores(model: nn.Module, rows: Rows) -> tuple[Fitted, ...]:
             after = before
         report.append(Fitted(fqn, core.info.name, before, after))
 
-    if any(takes_data(core) for core in rewritten_owners(model).values()):
+    if any(takes_data(core) for core in rewritten_cores(model).values()):
         _visit(model, rows, fit, takes_data)
     return tuple(report)
 
@@ -86,10 +86,13 @@ def _visit(
     def hook_of(fqn: str, core: Mixer) -> Any:
         original = Keep(core.site, KeepOptions()).eval()
 
+        visited: list[bool] = []  # of a module that runs several times the first run counts
+
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             q, k, v, terms = args
             target = original(q, k, v, terms)[0]
-            if wanted(core):
+            if wanted(core) and not visited:
+                visited.append(True)
                 x = core.tokens(q, k, v, terms, kwargs.get("hidden"))
                 visit(fqn, core, x, output[0], target)
             return target, None
@@ -99,7 +102,8 @@ def _visit(
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_uncached(model))
-        for fqn, core in rewritten_owners(model).items():
+        for path, core in rewritten_cores(model).items():
+            fqn = path.removesuffix("core").rstrip(".")
             handle = core.register_forward_hook(hook_of(fqn, core), with_kwargs=True)
             stack.callback(handle.remove)
         call(model, rows)

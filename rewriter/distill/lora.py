@@ -17,7 +17,8 @@ def site_projections(student: nn.Module) -> list[str]:
     """Paths of the projection modules of all rewritten sites, in order, each once."""
     modules = dict(student.named_modules())
     paths: list[str] = []
-    for owner, core in rewritten_owners(student).items():
+    owners = rewritten_owners(student)
+    for owner, core in ((path, c) for path, cores in owners.items() for c in cores.values()):
         for projection in (core.site.projections or {}).values():
             inside = f"{owner}.{projection.module}" if owner else projection.module
             path = projection.module if projection.module in modules else inside

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewriter.distill.config import Budget, DistillConfig
-from rewriter.distill.copies import rewritten_owners
+from rewriter.distill.copies import rewritten_cores
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
 from rewriter.distill.precision import compute_dtype
@@ -138,7 +138,7 @@ def run_digest(teacher: nn.Module, student: nn.Module, rows: Rows, config: Disti
         hasher.update(f"{name} {tuple(parameter.shape)}".encode())
         hasher.update(head.tobytes())
     # Values of the new parameters do not count: a checkpoint brings its own.
-    for path, core in rewritten_owners(student).items():
+    for path, core in rewritten_cores(student).items():
         shapes = [(n, tuple(p.shape)) for n, p in core.named_parameters()]
         hasher.update(f"{path} {core.info.name} {core.options!r} {shapes}".encode())
     return hasher.hexdigest()[:24]

@@ -105,8 +105,8 @@ class MatchLayers:
         self.body: dict[str, nn.Parameter] = {}
         self.owners = {
             path: self.student.get_submodule(path)
-            for path, core in rewritten_owners(self.student).items()
-            if next(core.parameters(), None) is not None
+            for path, cores in rewritten_owners(self.student).items()
+            if any(next(core.parameters(), None) is not None for core in cores.values())
         }
         self.groups = [
             [n for n in names if n.startswith(f"{path}.core." if path else "core.")]

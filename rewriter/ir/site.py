@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from rewriter.ir.advice import advice
 from rewriter.ir.mask import Mask
 
 Spelling = Literal["sdpa", "eager"]
@@ -115,6 +116,7 @@ STEPS: Mapping[str, type[ScoreStep]] = {
     s.name: s for s in (Scale, Softcap, AddTerm, FillTerm, SinkTerm)
 }
 
+_PLACE = ("slot", "slots", "run", "runs")
 TermRole = Literal["mask", "bias", "mask_and_bias", "sink", "none"]
 
 
@@ -152,6 +154,11 @@ class AttentionSite:
             do not read one such tensor.
         fingerprint: hash of the owner's part of the graph; equal for layers that compute the same
             function of their own parameters.
+        normaliser: what turns scores into weights: 'softmax', or the name of an `Anchor` of another
+            package (`rewriter.extension`).
+        slot, slots: which of the blocks that one run of the owner computes, and how many there are.
+        run, runs: which run of the owner, and how often one forward pass runs it. All runs share
+            the owner's weights, so they are rewritten together and share one mixer.
     """
 
     fqn: str
@@ -173,6 +180,26 @@ class AttentionSite:
     cross: bool = False
     hidden_dim: int = 0
     fingerprint: str = ""
+    normaliser: str = "softmax"
+    slot: int = 0
+    slots: int = 1
+    run: int = 0
+    runs: int = 1
+
+    @property
+    def core(self) -> str:
+        """Path of the site's mixer inside its owner."""
+        return "core" if self.slots == 1 else f"core.{self.slot}"
+
+    @property
+    def label(self) -> str:
+        """The owner, and which of its blocks and runs, for people."""
+        parts = [self.fqn or "the model"]
+        if self.slots > 1:
+            parts.append(f"block {self.slot + 1} of {self.slots}")
+        if self.runs > 1:
+            parts.append(f"run {self.run + 1} of {self.runs}")
+        return ", ".join(parts)
 
     @property
     def scale(self) -> float:
@@ -203,7 +230,7 @@ class AttentionSite:
     def core_facts(self) -> dict[str, Any]:
         """Everything a core depends on; equal facts mean interchangeable cores."""
         data = self.to_json()
-        for key in ("fqn", "index", "source", "projections", "fingerprint"):
+        for key in ("fqn", "index", "source", "projections", "fingerprint", *_PLACE):
             data.pop(key)
         return data
 
@@ -246,16 +273,26 @@ class NearMiss:
         stage: the pipeline stage that refused it.
         reason: one sentence that says what stopped it.
         source: node, module and source line.
-        facts: what had been understood until then, for `inspect --why`.
+        facts: what had been understood until then, as 'step: fact'.
+        step: the step of matching that stopped it.
+        graph: the nodes around the one that stopped it, one a line.
     """
 
     stage: Stage
     reason: str
     source: Source
     facts: tuple[str, ...] = ()
+    step: str = ""
+    graph: tuple[str, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """What a person can do about it."""
+        return advice(self.reason)
 
     def describe(self) -> str:
         return f"{self.stage}: {self.reason}; {self.source.describe()}"
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "facts": list(self.facts)}
+        lists = {"facts": list(self.facts), "graph": list(self.graph)}
+        return {**asdict(self), **lists, "advice": self.advice}

@@ -108,6 +108,8 @@ class Mixer(nn.Module):
             return f"{cls.info.name} has no form for cross attention"
         if site.sinks:
             return f"{cls.info.name} has no form for a learned sink in the softmax"
+        if cls.info.tier != "distilled" and site.normaliser != "softmax":
+            return f"{cls.info.name} computes a softmax, and this block a {site.normaliser}"
         if cls.needs_hidden and not site.hidden_dim:
             return (
                 f"{cls.info.name} reads what the projections read, and query, key and value of "
@@ -181,10 +183,12 @@ class Mixer(nn.Module):
             )
         if cache is None or self.site.kind == "bidirectional":
             return self.mix(self.tokens(q, k, v, terms, hidden))[0], None
-        if self.layer is None:
+        refusal = self.stateless()
+        if refusal is not None or self.layer is None:
+            known = "its place in the cache is not known"
             raise UnsupportedError(
-                f"'{self.site.fqn}' was called with a cache, but its place in the cache is not "
-                "known; call the model with use_cache=False"
+                f"'{self.site.fqn}' was called with a cache, but {refusal or known}; call the "
+                "model with use_cache=False"
             )
         layer = generation.layer_of(cache, self.layer, self._spec)
         split = site_terms.split(self.site, terms, layer.seen, new).of_batch(batch)
@@ -205,6 +209,15 @@ class Mixer(nn.Module):
         """The arguments of a call without a cache, as `mix` gets them."""
         split = site_terms.split(self.site, terms, 0, q.shape[-2]).of_batch(q.shape[0])
         return Tokens(q, k, v, hidden, split.valid, split.bias)
+
+    def stateless(self) -> str | None:
+        """Why no state can be kept between the calls of a decoder, or None."""
+        if self.site.kind == "causal" and self.site.runs > 1:
+            return (
+                f"the module runs {self.site.runs} times for each token and its one mixer has no "
+                "state for each of them"
+            )
+        return None
 
     @cached_property
     def _spec(self) -> StateSpec:

@@ -118,7 +118,8 @@ def _refused(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Section:
         place = source.get("module") or source.get("node", "")
         if source.get("file"):
             place += f" ({source['file'].rsplit('/', 1)[-1]}:{source.get('line')})"
-        rows.append((Cell(place), Cell(f"{miss.get('stage')}: {miss.get('reason')}")))
+        why = (f"{miss.get('stage')}: {miss.get('reason')}", miss.get("advice"))
+        rows.append((Cell(place), Cell(". ".join(text for text in why if text))))
     items: list[Item] = []
     if rows:
         items.append(Grid(("where", "why"), tuple(rows)))

@@ -20,6 +20,7 @@ from rewriter.errors import NoSiteError, UsageError
 from rewriter.ir.site import AttentionSite
 from rewriter.mixers import registry
 from rewriter.mixers.base import Mixer, Terms
+from rewriter.mixers.placed import core_at, place
 from rewriter.passes.examples import Examples, examples_for
 from rewriter.passes.realise import share_parameters
 from rewriter.passes.realise.apply import Target, build_core, realise
@@ -96,7 +97,7 @@ class SearchSpace:
         self.candidates = tuple(tuple(row) for row in candidates)
         self._cores = []
         for site in sites:
-            core = model.get_submodule(site.fqn).core
+            core = core_at(model.get_submodule(site.fqn), site)
             assert isinstance(core, CandidateCores)
             self._cores.append(core)
 
@@ -148,7 +149,8 @@ def open_space(
         UsageError: unknown mixer or option.
     """
     allowed = {site.index: _allowed(site, candidates) for site in sites}
-    free = [site for site in sites if len(allowed[site.index]) > 1]
+    # What runs several times has one mixer for all runs, and stays as it is in a search.
+    free = [site for site in sites if len(allowed[site.index]) > 1 and site.runs == 1]
     if not free:
         raise NoSiteError(
             "no site has a choice: every candidate but one refuses it; name other mixers"
@@ -163,12 +165,10 @@ def open_space(
     realise(copy, first, examples)
     for site in free:
         owner = copy.get_submodule(site.fqn)
-        placed = owner.core
+        placed = core_at(owner, site)
         assert isinstance(placed, Mixer)
-        layer = placed.layer
-        owner.core = CandidateCores(
-            [build_core(_target(site, c), layer, owner) for c in allowed[site.index]]
-        )
+        cores = [build_core(_target(site, c), placed.layer, owner) for c in allowed[site.index]]
+        place(owner, site, CandidateCores(cores))
     return SearchSpace(copy.eval(), free, [allowed[s.index] for s in free])
 
 

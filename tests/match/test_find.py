@@ -90,6 +90,27 @@ def test_the_parts_are_rewritten(found: tuple[nn.Module, Inspection]) -> None:
     assert torch.equal(result(x), model(x))
 
 
+class Again(Undecided):
+    """One layer, several times."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = super().forward(x)
+        return x
+
+
+def test_a_part_that_runs_several_times_is_rewritten_once() -> None:
+    torch.manual_seed(0)
+    model = Again([Residual(EinsumAttention())]).eval()
+    x = torch.randn(2, 9, 64)
+    here = rewriter.inspect(model, x)
+    assert [(s.fqn, s.run, s.runs) for s in here.sites] == [
+        ("layers.0.attention", run, 3) for run in range(3)
+    ]
+    result = rewriter.rewrite(model, "identity", x)
+    assert torch.equal(result(x[:, :5]), model(x[:, :5]))
+
+
 def test_a_model_that_does_not_run_gives_the_reason() -> None:
     here = rewriter.inspect(Undecided([nn.Linear(3, 3)]), torch.randn(2, 9, 64))
     assert here.sites == ()

@@ -21,6 +21,7 @@ from rewriter.passes.match.mlp.hidden import Hidden, Part, read_hidden
 from rewriter.passes.match.mlp.maps import Map, read_map
 from rewriter.passes.match.mlp.region import Region, is_tensor, walk
 from rewriter.passes.match.mlp.result import MlpMatch, MlpNodes, MlpResult
+from rewriter.passes.match.story import around
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.noops import is_cast, is_noop
 from rewriter.passes.normalise.ops import op, operand
@@ -158,4 +159,11 @@ def _gate_layout(hidden: Hidden) -> GateLayout:
 def _miss(refusal: Refusal, region: Region) -> NearMiss:
     facts = [f"projection '{m.node.name}'" for m in region.maps]
     facts += [f"'{n.name}' is no projection" for n in region.foreign]
-    return NearMiss("match", refusal.reason, source_of(refusal.node), tuple(facts))
+    return NearMiss(
+        "match",
+        refusal.reason,
+        source_of(refusal.node),
+        tuple(facts),
+        "projections",
+        around(refusal.node),
+    )

@@ -62,6 +62,8 @@ class Fused(Keep):
             return "fused has no form for cross attention yet"
         if site.sinks:
             return "fused has no form for a learned sink in the softmax yet"
+        if site.normaliser != "softmax":
+            return f"fused computes a softmax, and this block a {site.normaliser}"
         return None
 
     @classmethod

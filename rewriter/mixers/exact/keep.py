@@ -13,6 +13,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from rewriter import extension
 from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale, SinkTerm, Softcap
 from rewriter.ir.state import (
     BATCH,
@@ -135,7 +136,10 @@ class Keep(Mixer):
             scores = scores.masked_fill(hidden, -torch.inf)
         name = self.site.softmax_dtype
         dtype = None if name is None else getattr(torch, name)
-        if sink is None:
+        if self.site.normaliser != "softmax":
+            cast = scores if dtype is None else scores.to(dtype)
+            weights = extension.anchor(self.site.normaliser).apply(cast).to(v.dtype)
+        elif sink is None:
             weights = torch.softmax(scores, dim=-1, dtype=dtype).to(v.dtype)
         else:
             weights = _with_sink(scores, sink, dtype).to(v.dtype)
