@@ -17,7 +17,7 @@ from rewriter.passes import torch_private
 from rewriter.passes.capture import Captured
 from rewriter.passes.dynamo_graph import capture_graph
 from rewriter.passes.match import MatchResult, match
-from rewriter.passes.splice import Outcome, splice, splice_linears
+from rewriter.passes.splice import Outcome, apply_patterns, splice, splice_linears
 from rewriter.policy import Policy
 
 
@@ -67,9 +67,11 @@ def rewriter_backend(
         outcomes = tuple(sorted((*done.outcomes, *chosen.kept), key=lambda o: o.site.index))
         if wanted.linears and not grad and chosen.replaced:
             linears = splice_linears(captured.graph_module)
-        if linears or any(o.status == "spliced" for o in outcomes):
-            result, after = captured.graph_module, len(captured.graph_module.graph.nodes)
-            torch_private.inherit_inputs(result, graph)
+    applied = apply_patterns(captured.graph_module) if isinstance(captured, Captured) else ()
+    changed = linears or any(o.status == "spliced" for o in outcomes)
+    if isinstance(captured, Captured) and (changed or any(a.replaced for a in applied)):
+        result, after = captured.graph_module, len(captured.graph_module.graph.nodes)
+        torch_private.inherit_inputs(result, graph)
     clock.lap("splice")
     compiled = _inner(wanted, mode)(result, inputs)
     clock.lap("inner")
@@ -80,6 +82,7 @@ def rewriter_backend(
         misses=found.misses,
         nodes=(nodes, after),
         linears=linears,
+        patterns=applied,
         differentiable=grad,
         seconds=clock.laps,
     )

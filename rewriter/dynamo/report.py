@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter.ir.site import NearMiss
-from rewriter.passes.splice import Outcome
+from rewriter.passes.splice import Applied, Outcome
 
 _LOG = logging.getLogger("rewriter.compile")
 
@@ -23,6 +23,7 @@ class GraphReport:
         misses: what looked like attention and was refused.
         nodes: nodes of the graph before and after.
         linears: linear layers that run by the faster of torch's and generated code.
+        patterns: what graph patterns of other packages did.
         differentiable: the graph was compiled for training.
         seconds: our own time by stage, and 'inner', the time of the compiler behind.
     """
@@ -34,6 +35,7 @@ class GraphReport:
     differentiable: bool
     seconds: Mapping[str, float]
     linears: int = 0
+    patterns: tuple[Applied, ...] = ()
 
     @property
     def spliced(self) -> int:
@@ -68,6 +70,7 @@ class GraphReport:
             worst = max((o.difference for o in group if o.difference is not None), default=None)
             proof = "" if worst is None else f", differs by {worst:.0e} at most"
             lines.append(f"  {shown}: {text}{proof}")
+        lines.extend(f"  pattern {applied.describe()}" for applied in self.patterns)
         lines.extend(f"  not understood: {miss.describe()}" for miss in self.misses)
         return "\n".join(lines)
 
@@ -87,6 +90,7 @@ class GraphReport:
             "misses": [m.to_json() for m in self.misses],
             "nodes": list(self.nodes),
             "linears": self.linears,
+            "patterns": {a.name: a.replaced for a in self.patterns},
             "differentiable": self.differentiable,
             "seconds": dict(self.seconds),
         }
