@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -23,9 +24,18 @@ def become(module: nn.Module, mixin: type[InPlace]) -> None:
 
 @lru_cache(maxsize=1024)
 def _subclass(mixin: Hashable, base: Hashable) -> type[nn.Module]:
-    """Name, module and docstring are those of `base`."""
+    """Name, module, docstring and the signature of `forward` are those of `base`."""
     front, own = cast("type[InPlace]", mixin), cast("type[nn.Module]", base)
-    names = {key: getattr(own, key) for key in ("__module__", "__qualname__", "__doc__")}
+    names: dict[str, Any] = {
+        key: getattr(own, key) for key in ("__module__", "__qualname__", "__doc__")
+    }
+    run: Callable[..., Any] = front.forward
+
+    @functools.wraps(own.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **kwargs)
+
+    names["forward"] = forward
     return type(own.__name__, (front, own), names)
 
 

@@ -9,9 +9,8 @@ kind run both ways, and unless the logits agree the program is never used.
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ from rewriter.passes.find import find
 from rewriter.passes.match import Match
 from rewriter.passes.realise.original import original_of
 from rewriter.passes.realise.owner import ReEmitted
+from rewriter.passes.realise.subclass import InPlace, become
 from rewriter.passes.step.guard import Guard
 from rewriter.passes.step.lower import Template, lower
 from rewriter.passes.step.machine import Machine, machine
@@ -205,7 +205,7 @@ def attach_later(model: nn.Module) -> None:
 def _put(model: nn.Module, decoding: Decoding) -> None:
     model.__dict__[STATE] = decoding
     if decoding.reason is None:
-        model.__class__ = subclass_of(type(model))
+        become(model, Stepping)
 
 
 def _template(model: nn.Module) -> Template | str:
@@ -225,7 +225,7 @@ def _original(model: nn.Module) -> nn.Module:
     state = model.__dict__.pop(STATE)
     kind = type(model)
     try:
-        model.__class__ = kind.__mro__[2]
+        model.__class__ = kind.__bases__[1]
         return original_of(model)
     finally:
         model.__class__ = kind
@@ -294,47 +294,18 @@ def _is_output(output: Any) -> bool:
     return isinstance(output, Mapping) and hasattr(output, "to_tuple")
 
 
-class Stepping(nn.Module):
+class Stepping(InPlace):
     """Mixin of models with a compiled step."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        base = type(self).__mro__[2]
-        return _rebuild, (base,), self.__dict__
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = subclass_of(base)
-    return cls.__new__(cls)
-
-
-def plain_forward(model: nn.Module) -> Any:
-    """The forward of the model's own class."""
-    base: Any = type(model).__mro__[2]
-    return base.forward.__get__(model)
-
-
-def subclass_of(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `base` that steps; name, module and signature of `forward` are those of it."""
-    return _subclass_of(cast("Hashable", base))
-
-
-@functools.lru_cache(maxsize=256)
-def _subclass_of(kind: Hashable) -> type[nn.Module]:
-    base = cast("type[nn.Module]", kind)
-    plain = base.forward
-
-    @functools.wraps(plain)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not args and not torch.compiler.is_compiling():
             found = self.__dict__[STATE].step(self, kwargs)
             if found is not None:
                 return found
-        return plain(self, *args, **kwargs)
+        return plain_forward(self)(*args, **kwargs)
 
-    names = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "forward": forward,
-    }
-    return type(base.__name__, (Stepping, base), names)
+
+def plain_forward(model: nn.Module) -> Any:
+    """The forward of the model's own class."""
+    base: Any = type(model).__bases__[1]
+    return base.forward.__get__(model)

@@ -9,25 +9,15 @@ from typing import Any
 
 import torch
 import transformers as hf
+from tiny_models import BODY, COMMON, VOCABULARY, ExpSumAttention
 from torch import nn
 
 from rewriter.passes.capture import Captured, capture
 from rewriter.passes.examples import examples_for
 from rewriter.passes.match import MatchResult, match
 
-VOCABULARY, LENGTH = 99, 12
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GROUPED = {**_BASE, "num_key_value_heads": 2}
-_SHORT: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LENGTH = 12
+_GROUPED = {**BODY, "num_key_value_heads": 2}
 BOTH = ("sdpa", "eager")
 CAUSAL = "causal & key_padding"
 
@@ -101,26 +91,6 @@ class EinsumAttention(nn.Module):
         return torch.einsum("bqhe,hed->bqd", mixed, self.o)
 
 
-class HandSoftmax(nn.Module):
-    """Bidirectional attention over (batch * heads, tokens, width) with exp and sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, n, _ = x.shape
-        q, k, v = (
-            t.view(b, n, 4, 16).transpose(1, 2).reshape(b * 4, n, 16)
-            for t in self.qkv(x).chunk(3, -1)
-        )
-        scores = torch.bmm(q, k.transpose(1, 2)) * 16**-0.5
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        weights = weights / weights.sum(-1, keepdim=True)
-        mixed = torch.bmm(weights, v).view(b, 4, n, 16).transpose(1, 2).reshape(b, n, 64)
-        return self.out(mixed)
-
-
 class Stack(nn.Module):
     def __init__(self, layer: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -184,15 +154,11 @@ ZOO: dict[str, Model] = {
     ),
     "phi3": Model(decoder(hf.Phi3Config(**_GROUPED)), _llama_like(fused=True)),
     "gpt2": Model(
-        decoder(
-            hf.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, **_SHORT
-            )
-        ),
+        decoder(hf.GPT2Config(**COMMON, n_embd=64, n_layer=2, n_head=4, n_positions=64)),
         Expected("transformer.h.{}.attn", (CAUSAL, CAUSAL), fused=True),
     ),
     "gptneox": Model(
-        decoder(hf.GPTNeoXConfig(**_BASE)),
+        decoder(hf.GPTNeoXConfig(**BODY)),
         Expected(
             "gpt_neox.layers.{}.attention",
             (CAUSAL, CAUSAL),
@@ -204,34 +170,25 @@ ZOO: dict[str, Model] = {
     "opt": Model(
         decoder(
             hf.OPTConfig(
-                vocab_size=VOCABULARY,
+                **COMMON,
                 hidden_size=64,
                 ffn_dim=96,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 max_position_embeddings=64,
                 word_embed_proj_dim=64,
-                **_SHORT,
             )
         ),
         Expected("model.decoder.layers.{}.self_attn", (CAUSAL, CAUSAL), scale=1.0, prescaled=0.25),
     ),
     "bloom": Model(
-        decoder(
-            hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, **_SHORT)
-        ),
+        decoder(hf.BloomConfig(**COMMON, hidden_size=64, n_layer=2, n_head=4)),
         Expected("transformer.h.{}.self_attention", (CAUSAL, CAUSAL), position="alibi", fused=True),
         spellings=("eager",),
     ),
     "falcon-rotary-mqa": Model(
         decoder(
-            hf.FalconConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                **_SHORT,
-            )
+            hf.FalconConfig(**COMMON, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
         ),
         Expected(
             "transformer.h.{}.self_attention",
@@ -245,13 +202,12 @@ ZOO: dict[str, Model] = {
     "falcon-alibi": Model(
         decoder(
             hf.FalconConfig(
-                vocab_size=VOCABULARY,
+                **COMMON,
                 hidden_size=64,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 alibi=True,
                 multi_query=False,
-                **_SHORT,
             )
         ),
         Expected("transformer.h.{}.self_attention", (CAUSAL, CAUSAL), position="alibi", fused=True),
@@ -260,11 +216,11 @@ ZOO: dict[str, Model] = {
         decoder(hf.MixtralConfig(**_GROUPED, num_local_experts=4)), _llama_like(), misses=2
     ),
     "bert": Model(
-        encoder(hf.BertConfig(**_BASE)),
+        encoder(hf.BertConfig(**BODY)),
         Expected("encoder.layer.{}.attention.self", _BERT),
     ),
     "roberta": Model(
-        encoder(hf.RobertaConfig(**_BASE, max_position_embeddings=64)),
+        encoder(hf.RobertaConfig(**BODY, max_position_embeddings=64)),
         Expected("encoder.layer.{}.attention.self", _BERT),
     ),
     "distilbert": Model(
@@ -276,7 +232,7 @@ ZOO: dict[str, Model] = {
         Expected("transformer.layer.{}.attention", _BERT),
     ),
     "modernbert": Model(
-        encoder(hf.ModernBertConfig(**_BASE, local_attention=8, global_attn_every_n_layers=2)),
+        encoder(hf.ModernBertConfig(**BODY, local_attention=8, global_attn_every_n_layers=2)),
         Expected(
             "layers.{}.attn",
             ("key_padding", "symmetric_window(4) & key_padding"),
@@ -325,7 +281,7 @@ ZOO: dict[str, Model] = {
         inputs=hidden,
     ),
     "hand-softmax": Model(
-        lambda _: Stack(HandSoftmax),
+        lambda _: Stack(ExpSumAttention),
         Expected("layers.{}", ("full", "full"), fused=True),
         spellings=("eager",),
         inputs=hidden,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_zoo import VOCABULARY, ZOO, found, text
+from attention_zoo import ZOO, found, text
+from tiny_models import VOCABULARY
 from torch import fx, nn
 
 from rewriter.ir.site import NearMiss

@@ -10,17 +10,8 @@ import pytest
 import torch
 from core_oracle import values_of
 from mlp_oracle import mlp_from_description
-from mlp_spellings import (
-    FOUND,
-    REFUSED,
-    TOKENS,
-    WIDTH,
-    Body,
-    Side,
-    Written,
-    halves,
-    tanh_by_hand,
-)
+from mlp_parts import TOKENS, WIDTH, Body, Side, Written
+from mlp_spellings import FOUND, REFUSED, halves, tanh_by_hand
 from torch import fx
 from transformers.activations import ACT2FN
 
