@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rewriter.errors import UsageError
 from rewriter.evaluate.scoring import evaluating
 from rewriter.ir.site import AttentionSite
+from rewriter.mixers.placed import core_at
 from rewriter.passes.examples import Examples, examples_for
 from rewriter.passes.realise import Target, realise, share_parameters
 
@@ -84,7 +85,7 @@ def head_scores(
     watched = realise(share_parameters(model), [Target(s, "keep", {}) for s in causal], examples)
     with ExitStack() as stack, evaluating(watched):
         for site in causal:
-            core = watched.get_submodule(f"{site.fqn}.core")
+            core = core_at(watched.get_submodule(site.fqn), site)
             stack.callback(core.register_forward_hook(watch(site)).remove)
         watched(**examples.with_tokens(ids))
     return HeadScores(
