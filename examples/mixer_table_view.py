@@ -13,6 +13,18 @@ ORIGINAL = "original"
 NEAR, FAR = "2048", "8192"
 
 
+CHANNEL = [
+    "",
+    "## Channel mixers",
+    "",
+    "The MLP blocks of the same 22 layers, fitted to 2,048 tokens of text, not trained. Gap:",
+    "of the block's output.",
+    "",
+    "| mixer | parameters of the model | gap | perplexity | copy |",
+    "|---|---|---|---|---|",
+]
+
+
 def markdown(done: Mapping[str, Any]) -> str:
     """The page."""
     rows: Mapping[str, Row] = done["rows"]
@@ -48,15 +60,9 @@ def markdown(done: Mapping[str, Any]) -> str:
         "",
         "That is little training: it says how near a mixer starts and how fast it learns, not how",
         "good it can become.",
-        "",
-        "## Channel mixers",
-        "",
-        "The MLP blocks of the same 22 layers, fitted to 8,192 tokens of text, not trained. Gap:",
-        "of the block's output.",
-        "",
-        "| mixer | parameters of the model | gap | perplexity | copy |",
-        "|---|---|---|---|---|",
     ]
+    if blocks:
+        lines += CHANNEL
     for name, row in blocks.items():
         ratio = row["perplexity"] / first["perplexity"]
         lines.append(

@@ -41,13 +41,11 @@ MODELS = {
     "gla": "decay per channel and token",
     "hedgehog": "linear, no decay",
     "retnet": "linear, fixed decay",
-    "s4d": "fixed filter",
 }
 # From scratch they start as their authors have it, not near a teacher; the layer has the
 # convolution.
 SCRATCH: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"start": "published", "conv": 1},
-    "s4d": {"start": "published"},
     "gated_deltanet": {"conv": 1},
 }
 console = Console()
