@@ -245,6 +245,7 @@ def main() -> None:
         write_file(path, (json.dumps(done, indent=1) + "\n").encode())
         console.print(f"{name}: {time.perf_counter() - began:.0f} s {row}")
     done = so_far()
+    done["missing"] = [name for name in makers if name not in done["rows"]]
     write_file(options.out / "mixers.md", markdown(done).encode())
     write_file(options.out / "mixers.svg", plot(done))
 

@@ -61,6 +61,9 @@ def markdown(done: Mapping[str, Any]) -> str:
         "That is little training: it says how near a mixer starts and how fast it learns, not how",
         "good it can become.",
     ]
+    if done["missing"]:
+        names = ", ".join(f"`{name}`" for name in done["missing"])
+        lines += ["", f"Not measured yet: {names}. Running the script again adds them."]
     if blocks:
         lines += CHANNEL
     for name, row in blocks.items():

@@ -182,6 +182,9 @@ def page(done: Mapping[str, Any]) -> str:
             f"| `{name}` | {MODELS.get(name, '')} | {_last(row):.1%} | {steps[half]:.1%} "
             f"| {row['seconds'] / 60:.1f} |"
         )
+    missing = [f"`{name}`" for name in MODELS if name not in done["models"]]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}. Running the script again adds them."]
     return "\n".join(lines) + "\n"
 
 
