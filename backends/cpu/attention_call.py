@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewriter.backends.cpu.attention_units import Kernel
+from rewriter.backends.cpu.attention_units import Kernel, Packing
 from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
 from rewriter.backends.schedule import schedule
 from rewriter.ir.block_sparse import BlockSparse
@@ -32,8 +32,8 @@ class Call:
         rows = self.plan.starts.shape[1] - 1
         self.tasks = rows * -(-block_q // kernel.rows)
         self.ready = (
-            _rows(self.k, kernel.pairs),
-            _interleaved(self.v) if kernel.pairs else _rows(self.v, False),
+            _keys(self.k, kernel.packing),
+            _values(self.v, kernel.packing),
         )
 
     def fields(self, out: Tensor, lse: Tensor, top: Tensor | None = None) -> array[int]:
@@ -124,21 +124,40 @@ class _Rows:
     strides: tuple[int, int]
 
 
-def _rows(x: Tensor, pairs: bool) -> _Rows:
-    B, H, N, D = x.shape
-    b, h, n, _ = x.stride()
-    half = 2 if pairs else 1
-    packed = n == D or N == 1
-    if packed and (x.dtype == torch.float32 or (pairs and b % 2 == 0 and h % 2 == 0)):
-        return _Rows(x, False, (b // half, h // half))
-    dtype = x.dtype if pairs else torch.float32
-    return _Rows(torch.empty(B * H * N * D, dtype=dtype), True, (H * N * D // half, N * D // half))
+def _keys(x: Tensor, packing: Packing) -> _Rows:
+    if packing == "tiles":  # rows of a multiple of 32 numbers, a multiple of 32 of them
+        N, D = x.shape[2:]
+        if N % 32 == 0 and D % 32 == 0 and x.stride(2) == D:
+            return _Rows(x, False, (x.stride(0), x.stride(1)))
+        return _buffer(x, -(-N // 32) * 32 * -(-D // 32) * 32, torch.bfloat16)
+    if packing == "rows":
+        return _rows(x)
+    (b, h, n, _), (N, D) = x.stride(), x.shape[2:]
+    if (n == D or N == 1) and b % 2 == h % 2 == 0:
+        return _Rows(x, False, (b // 2, h // 2))
+    return _buffer(x, N * D // 2, torch.int32)
 
 
-def _interleaved(x: Tensor) -> _Rows:
-    B, H, N, D = x.shape
-    count = -(-N // 2) * D
-    return _Rows(torch.empty(B * H * count, dtype=torch.int32), True, (H * count, count))
+def _values(x: Tensor, packing: Packing) -> _Rows:
+    N, D = x.shape[2:]
+    if packing == "tiles":  # tiles of 16 columns, two by two, by 32 keys
+        return _buffer(x, -(-N // 32) * 32 * -(-D // 32) * 32, torch.bfloat16)
+    if packing == "pairs":
+        return _buffer(x, -(-N // 2) * D, torch.int32)
+    return _rows(x)
+
+
+def _rows(x: Tensor) -> _Rows:
+    N, D = x.shape[2:]
+    if x.dtype == torch.float32 and (x.stride(2) == D or N == 1):
+        return _Rows(x, False, (x.stride(0), x.stride(1)))
+    return _buffer(x, N * D, torch.float32)
+
+
+def _buffer(x: Tensor, count: int, dtype: torch.dtype) -> _Rows:
+    """Room for `count` numbers of each head."""
+    B, H = x.shape[:2]
+    return _Rows(torch.empty(B * H * count, dtype=dtype), True, (H * count, count))
 
 
 def _unit_columns(x: Tensor) -> Tensor:

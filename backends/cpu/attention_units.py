@@ -17,7 +17,10 @@ from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.predicate import lower
 
 Pass = Literal["forward", "backward"]
+Packing = Literal["rows", "pairs", "tiles"]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
+PANELS = 4  # panels of query rows that share the keys of a round
+KEYS, TILE_KEYS = 64, 128  # keys of a round: on vectors, on tile registers
 WIDEST = 512  # a head beyond it would not fit the caches the kernels are laid out for
 
 
@@ -29,14 +32,14 @@ class Kernel:
         unit: what is compiled.
         tables: data of the mask predicate, flat uint8.
         rows, keys: query rows of a task, keys of a tile.
-        pairs: bf16 operands are packed in pairs.
+        packing: how bf16 keys and values are laid out; see `attention_call`.
     """
 
     unit: Unit
     tables: tuple[Tensor, ...]
     rows: int
     keys: int
-    pairs: bool
+    packing: Packing
 
 
 @lru_cache(maxsize=1024)
@@ -54,17 +57,11 @@ def kernel_of(spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass)
     if isinstance(printed, str):
         return printed
     panel = 2 * target.lanes
-    rows = (4 if name == "forward" or widest <= 128 else 2) * panel
+    rows = (PANELS if name == "forward" or widest <= 128 else 2) * panel
     if spec.block:
         rows = min(rows, -(-spec.block // panel) * panel)
-    keys = 64 if widest <= 128 else 32
-    pairs = (
-        name == "forward"
-        and target.bf16_dot
-        and dtype == torch.bfloat16
-        and spec.key_dim % 2 == 0
-        and spec.block % 2 == 0
-    )
+    packing = _packing(spec, dtype, target, name)
+    keys = TILE_KEYS if packing == "tiles" else KEYS if widest <= 128 else 32
     constants: dict[str, int | float | bool] = {
         "DK": spec.key_dim,
         "DV": spec.value_dim,
@@ -77,15 +74,26 @@ def kernel_of(spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass)
         "HAS_BIAS": spec.bias,
         "HAS_TEMPERATURE": spec.temperature,
         "LISTS": spec.block > 0,
-        "PAIRS": pairs,
+        "PAIRS": packing == "pairs",
+        "KEY_STEP": {"rows": 1, "pairs": 2, "tiles": 32}[packing],
     }
-    unit = _unit(name, constants, NAMES[dtype], printed, target)
+    kind = "tiles" if packing == "tiles" else name
+    unit = _unit(kind, constants, NAMES[dtype], printed, target)
     tables = tuple(torch.from_numpy(t.copy()) for t in printed.tables)
-    return Kernel(unit, tables, rows, keys, pairs)
+    return Kernel(unit, tables, rows, keys, packing)
+
+
+def _packing(spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass) -> Packing:
+    if name == "backward" or dtype != torch.bfloat16:
+        return "rows"
+    if target.tiles and spec.block % 32 == 0:
+        return "tiles"
+    even = spec.key_dim % 2 == 0 and spec.block % 2 == 0
+    return "pairs" if target.bf16_dot and even else "rows"
 
 
 def _unit(
-    name: Pass,
+    name: str,
     constants: dict[str, int | float | bool],
     scalar: str,
     printed: Printed,

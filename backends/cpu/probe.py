@@ -24,12 +24,15 @@ class Limits:
     Attributes:
         isa: instruction set of the generated code.
         gflops: float32 multiply-adds, two operations each, in 1e9 a second.
+        pair_gflops: the same of bfloat16 with float32 sums, or None where the processor has no
+            instruction for them.
         gbytes: bytes read from memory, in 1e9 a second.
     """
 
     isa: str
     gflops: float
     gbytes: float
+    pair_gflops: float | None = None
 
 
 def measure(threads: int = 1, runs: int = 5) -> Limits | NoKernel:
@@ -45,6 +48,10 @@ def measure(threads: int = 1, runs: int = 5) -> Limits | NoKernel:
         return unit
     unit.probe_fma.argtypes = [ctypes.c_long, ctypes.c_int]
     unit.probe_fma.restype = ctypes.c_float
+    unit.probe_pairs.argtypes, unit.probe_pairs.restype = (
+        [ctypes.c_long, ctypes.c_int],
+        ctypes.c_int,
+    )
     unit.probe_read.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int]
     unit.probe_read.restype = ctypes.c_float
     clock = time.process_time if threads == 1 else time.perf_counter
@@ -62,4 +69,9 @@ def measure(threads: int = 1, runs: int = 5) -> Limits | NoKernel:
     data = torch.ones(_STREAM)
     fma = best(lambda: unit.probe_fma(rounds, threads))
     read = best(lambda: unit.probe_read(data.data_ptr(), _STREAM, threads))
-    return Limits(target.isa, operations / fma / 1e9, 4.0 * _STREAM / read / 1e9)
+    per_round = unit.probe_pairs(1, threads)
+    pairs = None
+    if per_round:
+        taken = best(lambda: unit.probe_pairs(rounds // 4, threads))
+        pairs = 2.0 * per_round * (rounds // 4) * threads / taken / 1e9
+    return Limits(target.isa, operations / fma / 1e9, 4.0 * _STREAM / read / 1e9, pairs)

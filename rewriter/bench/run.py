@@ -94,10 +94,12 @@ class Table:
     failed: tuple[tuple[str, int, str], ...] = field(default=())
 
     def share_of_peak(self, point: Point) -> float | None:
-        """Arithmetic of ours over the measured peak, where both are known (float32 only)."""
-        if self.limits is None or not point.gflops or point.dtype != "float32":
+        """Arithmetic of ours over the measured peak for its dtype, where both are known."""
+        if self.limits is None or not point.gflops:
             return None
-        return point.gflops / self.limits.gflops
+        peaks = {"float32": self.limits.gflops, "bfloat16": self.limits.pair_gflops}
+        peak = peaks.get(point.dtype)
+        return None if peak is None else point.gflops / peak
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

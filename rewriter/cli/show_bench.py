@@ -16,8 +16,10 @@ def bench_view(measured: Table) -> Iterator[RenderableType]:
     yield Text(measured.machine.describe())
     if measured.limits is not None:
         limits = measured.limits
+        pairs = limits.pair_gflops
+        half = "" if pairs is None else f", {pairs:.0f} of bfloat16"
         yield Text(
-            f"measured limits ({limits.isa}): {limits.gflops:.1f} GFLOP/s of multiply-adds, "
+            f"measured limits ({limits.isa}): {limits.gflops:.1f} GFLOP/s of multiply-adds{half}, "
             f"{limits.gbytes:.1f} GB/s read"
         )
     rows = [_row(p, measured.share_of_peak(p)) for p in measured.points]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 import sympy
 import torch
 from attention_oracles import attention, close
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rewriter.backends.cpu import block_sparse as cpu
-from rewriter.backends.cpu.target import VARIABLE
+from rewriter.backends.cpu.target import VARIABLE, Target, cpu_flags, host_target
 from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
 from rewriter.errors import UnsupportedError
 from rewriter.ir.block_sparse import CAUSAL, BlockSparse, causal_window
@@ -171,11 +172,26 @@ def test_run_time_lists(B, kv, n, seed):
     agree(y, grads, expected, grad)
 
 
-def test_pairs_of_bf16_on_wide_vectors(monkeypatch):
-    """The packing for the bf16 dot product, on an emulation of the instruction."""
-    monkeypatch.setenv(VARIABLE, "wide_on_avx2")
-    if cpu.decline(NARROW, torch.bfloat16, False):
-        pytest.skip("this processor has no AVX2")
+@pytest.fixture
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An instruction set by name; `tiles` is the real one where the processor has it."""
+    isa = request.param
+    if isa == "tiles":
+        host = host_target()
+        isa = host.isa if isinstance(host, Target) and host.tiles else "tiles_on_avx2"
+    needed = {"avx512_bf16"} if isa == "avx512_bf16" else {"avx2", "fma"}
+    if not needed <= cpu_flags():
+        pytest.skip(f"this processor lacks {isa}")
+    monkeypatch.setenv(VARIABLE, isa)
+    cpu.find.cache_clear()
+    yield
+    cpu.find.cache_clear()
+
+
+@pytest.mark.parametrize("target", ["wide_on_avx2", "tiles_on_avx2", "avx512_bf16"], indirect=True)
+@pytest.mark.usefixtures("target")
+def test_packed_bf16_on_wide_vectors():
+    """The packings for bf16 instructions, on them or on an emulation with the same rounding."""
     for n in (1, 63, 65, 130, 299):
         torch.manual_seed(n)
         q, k, v = qkv(NARROW, 2, 2, n, n, torch.bfloat16)
@@ -186,6 +202,92 @@ def test_pairs_of_bf16_on_wide_vectors(monkeypatch):
         assert out.dtype == torch.bfloat16
         close(out, expected, 2e-2)
         close(lse, total, 1e-5)
+
+
+on_tiles = pytest.mark.parametrize("target", ["tiles"], indirect=True)
+
+
+@on_tiles
+@pytest.mark.usefixtures("target")
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(**sizes, keys=st.integers(1, 300), padded=st.booleans(), seed=st.integers(0, 999))
+def test_tiles_are_stock_attention(B, kv, n, keys, padded, seed):
+    """Lengths that divide nothing, values that are NaN behind their length, rows without keys."""
+    torch.manual_seed(seed)
+    q, k, v = qkv(DENSE, B, kv, n, keys, torch.bfloat16)
+    mask, integers = causal(n, keys)[None, None].expand(B, HEADS, n, keys), {}
+    x = [t.double() for t in (q, k, v)]
+    if padded:
+        integers["key_lengths"] = torch.randint(0, keys + 1, (B,), dtype=torch.int32)
+        behind = torch.arange(keys) >= integers["key_lengths"][:, None]
+        mask = mask & ~behind[:, None, None]
+        k = k.masked_fill(behind[:, None, :, None], torch.nan)
+        v = v.masked_fill(behind[:, None, :, None], torch.nan)
+    out, lse = cpu.forward(DENSE, BlockSparseInputs(q, k, v, **integers))
+    expected = scaled_dot_product_attention(*x, mask, enable_gqa=True)
+    close(out, expected.nan_to_num(), 2e-2)
+    assert torch.equal(lse == -torch.inf, ~mask.any(-1))
+    _, total = attention(*x, mask, scale=0.125)
+    close(lse, total, 1e-5)
+
+
+@on_tiles
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("kv", [1, 4])
+def test_tiles_with_hooks_lists_and_odd_widths(kv):
+    torch.manual_seed(kv)
+    q, k, v = qkv(EVERY, 2, kv, 130, 161, torch.bfloat16)
+    hooks = {"sinks": torch.randn(HEADS), "slopes": torch.rand(HEADS) * 0.2}
+    hooks |= {"bias": torch.randn(1, HEADS, 130, 161)}
+    # Factors of either sign, and 0.
+    hooks |= {"temperature": torch.randn(HEADS, 130).round(decimals=1)}
+    out, lse = cpu.forward(EVERY, BlockSparseInputs(q, k, v, **hooks))
+    more = {"scale": 0.2, "softcap": 5.0, "offset": 3, **hooks}
+    expected, total = attention(q, k, v, mixed(130, 161, 3)[None], **more)
+    close(out, expected, 2e-2)
+    close(lse, total, 1e-5)
+    turned = BlockSparse(17, 33, -0.3, temperature=True)
+    q, k, v = qkv(turned, 1, kv, 90, 90, torch.bfloat16)
+    temperature = hooks["temperature"][:, :90]
+    out, lse = cpu.forward(turned, BlockSparseInputs(q, k, v, temperature=temperature))
+    mask = causal(90, 90)[None, None]
+    expected, total = attention(q, k, v, mask, scale=-0.3, temperature=temperature)
+    close(out, expected, 2e-2)
+    close(lse, total, 1e-5)
+    q, k, v = qkv(LISTED, 1, kv, 150, 150, torch.bfloat16)
+    blocks = torch.tensor([[0, -1, -1], [1, -1, -1], [0, 2, -1], [-1, -1, -1], [0, 3, 4]])
+    out, _ = cpu.forward(
+        LISTED, BlockSparseInputs(q, k, v, blocks=blocks.expand(1, kv, 5, 3).contiguous())
+    )
+    seen = torch.zeros(5, 5, dtype=torch.bool)
+    for row, listed in enumerate(blocks):
+        seen[row, listed[listed >= 0]] = True
+    mask = seen.repeat_interleave(32, 0).repeat_interleave(32, 1)[:150, :150] & causal(150, 150)
+    expected, _ = attention(q, k, v, mask[None, None], scale=0.1, sigmoid=True)
+    close(out, expected, 2e-2)
+
+
+@on_tiles
+@pytest.mark.usefixtures("target")
+def test_tiles_keep_nan_in_place_and_large_scores_apart():
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, HEADS, 150, 64, dtype=torch.bfloat16) for _ in range(3))
+    k[0, 1, 100, 5] = torch.nan
+    v[0, 2, 70, :] = torch.nan
+    q[0, 3, 20, 0] = torch.nan
+    out, _ = cpu.forward(DENSE, BlockSparseInputs(q, k, v))
+    expected = torch.zeros(HEADS, 150, dtype=torch.bool)
+    expected[1, 100:] = expected[2, 70:] = expected[3, 20] = True
+    assert torch.equal(out.isnan().any(-1)[0], expected)
+    q, k = (torch.randint(-8, 9, (1, HEADS, 200, 64)).bfloat16() * 12 for _ in range(2))
+    v = torch.randn(1, HEADS, 200, 64, dtype=torch.bfloat16)
+    assert (q.float() @ k.float().mT * 0.125).abs().max() > 1e4
+    x = [t.double() for t in (q, k, v)]
+    out, lse = cpu.forward(DENSE, BlockSparseInputs(q, k, v))
+    close(out, scaled_dot_product_attention(*x, is_causal=True), 2e-2)
+    close(lse, attention(*x, causal(200, 200)[None, None], scale=0.125)[1], 1e-5)
 
 
 def test_differences_of_large_scores_are_exact():

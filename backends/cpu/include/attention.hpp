@@ -2,8 +2,9 @@
 // masks of tiles, the walk over a schedule.
 //
 // Constants of the unit: DK, DV, QROWS (rows of a task), KROWS (keys of a tile), HAS_SOFTCAP,
-// SIGMOID, HAS_SINKS, HAS_SLOPES, HAS_BIAS, HAS_TEMPERATURE, LISTS, PAIRS; types io_t, bias_t; the
-// function `allowed` (predicate.hpp).
+// SIGMOID, HAS_SINKS, HAS_SLOPES, HAS_BIAS, HAS_TEMPERATURE, LISTS, KEY_STEP (keys are
+// taken in multiples of it, a power of 2); types io_t, bias_t; the function `allowed`
+// (predicate.hpp).
 //
 // Everything is computed transposed: a vector holds LANES queries, a row of a tile is a key. So K
 // and V are broadcast from where they lie (A of a GEMM may have any strides), sums over keys are
@@ -157,12 +158,11 @@ struct Mask {
             last = j;
         }
         if (last < 0) return {0, 0, true};
-        if (PAIRS) {  // whole pairs
-            int wider = (last | 1) < n ? last | 1 : n - 1;
-            if (wider != last || first % 2) all = vi{};
-            first &= ~1;
-            last = wider;
-        }
+        int wider = last | (KEY_STEP - 1);
+        wider = wider < n ? wider : n - 1;
+        if (wider != last || first % KEY_STEP) all = vi{};
+        first -= first % KEY_STEP;
+        last = wider;
         return {first, last - first + 1, any(~all)};
     }
 };

@@ -1,6 +1,8 @@
 // Vector functions. No function here sees a positive exponent: exp2_neg and exp_neg take x <= 0.
 //
-//   exp2_neg(x)   2^x for x <= 0, relative error about 1e-7; exactly 0 below -126.5; NaN stays NaN
+//   exp2_neg(x)   2^x for x <= 0, relative error about 1e-7; exactly 0 below -126.5 (-126 with
+//                 AVX-512); NaN stays NaN
+//   exp2_rough(x) likewise, relative error about 3e-6: for weights that become bf16
 //   exp_neg(x)    e^x likewise, with the argument reduced in two steps so that the error does not
 //                 grow with |x|
 //   tanh_(x), sigmoid_(x), log2_(x) for normal x > 0
@@ -18,6 +20,29 @@ constexpr float ZERO = -127.0f;
 static ALWAYS_INLINE vf two_to(vf rounded) { return (vf)(((vi)rounded << 23) + (127 << 23)); }
 }  // namespace detail
 
+#if LANES == 16 && defined(__AVX512F__)
+// 2^x = 2^floor(x) 2^f with two instructions for the parts, so no clamp. Below the smallest normal
+// number the result is made 0: what follows would be slow on others.
+static ALWAYS_INLINE vf exp2_neg(vf x) {
+    __m512 f = _mm512_reduce_ps((__m512)x, 9);  // x - floor(x)
+    vf p = (vf)f * 2.161292068e-4f + 1.246784464e-3f;
+    p = p * (vf)f + 9.675451554e-3f;
+    p = p * (vf)f + 5.548528209e-2f;
+    p = p * (vf)f + 0.2402293086f;
+    p = p * (vf)f + 0.6931470633f;
+    p = p * (vf)f + 1.0f;
+    __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
+}
+static ALWAYS_INLINE vf exp2_rough(vf x) {
+    __m512 f = _mm512_reduce_ps((__m512)x, 9);
+    vf p = (vf)f * 1.342668943e-2f + 5.224246532e-2f;
+    p = p * (vf)f + 0.241280213f;
+    p = p * (vf)f + 0.6930448413f;
+    p = p * (vf)f + 1.0f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+#else
 static ALWAYS_INLINE vf exp2_neg(vf x) {
     x = vmax(splat(detail::ZERO), x);  // a NaN passes
     vf t = x + detail::ROUND;
@@ -30,6 +55,8 @@ static ALWAYS_INLINE vf exp2_neg(vf x) {
     p = p * f + 1.0f;
     return p * detail::two_to(t);
 }
+static ALWAYS_INLINE vf exp2_rough(vf x) { return exp2_neg(x); }
+#endif
 
 static ALWAYS_INLINE vf exp_neg(vf x) {
     x = vmax(splat(detail::ZERO * LN2), x);

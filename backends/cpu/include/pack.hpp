@@ -11,7 +11,8 @@
 //       (src[r][c], src[r][c+1]); rows up to the next multiple of LANES are 0, d is even
 //   interleave_rows(n, d, src, rs, dst)      bf16: dst[(r/2) * d + c] = (src[r][c], src[r+1][c]);
 //       an odd last row is paired with 0
-//   make_pairs(even, odd)                    two float vectors to one of bf16 pairs
+//   make_pairs(even, odd)                    two float vectors to one of bf16 pairs; the instruction
+//                                            for it makes subnormal numbers 0
 #pragma once
 #include "gemm.hpp"
 
@@ -100,13 +101,28 @@ static ALWAYS_INLINE vi make_pairs(vf even, vf odd) {
 }
 
 static inline void transpose_pairs(int n, int d, const bf16* src, long rs, pair* dst, long ld) {
-    int whole = (n + LANES - 1) / LANES * LANES;
-    for (int c = 0; c < d; c += 2)
-        for (int r = 0; r < whole; ++r) {
-            int32_t both = 0;
-            if (r < n) memcpy(&both, src + r * rs + c, 4);
-            dst[(c / 2) * ld + r].bits = both;
+    for (int r0 = 0; r0 < n; r0 += LANES) {
+        int rows = n - r0 < LANES ? n - r0 : LANES;
+        for (int c0 = 0; c0 < d; c0 += 2 * LANES) {
+            int cols = d - c0 < 2 * LANES ? (d - c0) / 2 : LANES;
+            const bf16* s = src + r0 * rs + c0;
+            pair* o = dst + c0 / 2 * ld + r0;
+            if (cols == LANES) {
+                vf t[LANES];
+                for (int i = 0; i < LANES; ++i)
+                    t[i] = i < rows ? load((const float*)(s + i * rs)) : vf{};
+                transpose_square(t);
+                UNROLL for (int i = 0; i < LANES; ++i) store((float*)(o + i * ld), t[i]);
+                continue;
+            }
+            for (int c = 0; c < cols; ++c)
+                for (int r = 0; r < LANES; ++r) {
+                    int32_t both = 0;
+                    if (r < rows) memcpy(&both, s + r * rs + 2 * c, 4);
+                    o[c * ld + r].bits = both;
+                }
         }
+    }
 }
 
 static inline void interleave_rows(int n, int d, const bf16* src, long rs, pair* dst) {
