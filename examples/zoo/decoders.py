@@ -20,8 +20,8 @@ from zoo.family import (
 )
 
 _LOCAL = "causal & window(8) & key_padding"
-_CHUNKS = "opaque (padding does more than hide padded keys)"
-"""Chunks are counted from each row's first real token, which no conjunction of atoms says."""
+_CHUNKS = "causal & chunk_after_padding(8) & key_padding"
+"""Chunks are counted from each row's first real token."""
 _TWO = {"num_hidden_layers": 2}
 _ROUTER = "the softmax follows a projection"
 _PICKED = "the largest of some scores: a gate"

@@ -165,6 +165,7 @@ def described(item: Match, captured: Captured, program: Program) -> float:
             scores = step.cap * torch.tanh(scores / step.cap)
         elif isinstance(step, AddTerm) and "bias" in site.terms[step.index]:
             term = scores_like(values[nodes.terms[step.index].node], nodes.terms[step.index], sizes)
+            term = term * step.factor
             scores = scores + torch.where(term > -1e4, term, 0.0)
     n, m = scores.shape[-2:]
     valid = args[-1].bool() if site.mask.padding else None

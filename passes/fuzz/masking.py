@@ -170,6 +170,33 @@ def _add_logarithm(p: Any, s: Laid, seen: Tensor) -> Laid:
     return s.of(s.data + seen.to(s.data.dtype).log())
 
 
+def _viewed(p: Any, s: Laid, seen: Tensor) -> Laid:
+    hidden = torch.where(seen, 0.0, torch.finfo(s.data.dtype).min)
+    return s.of(s.data + hidden.expand_as(s.data).contiguous().view_as(s.data))
+
+
+def _subtract(p: Any, s: Laid, seen: Tensor) -> Laid:
+    return s.of(s.data - 1e9 * (~seen))
+
+
+def _subtract_alpha(p: Any, s: Laid, seen: Tensor) -> Laid:
+    return s.of(torch.sub(s.data, (~seen).to(s.data), alpha=1e9))
+
+
+def _add_alpha(p: Any, s: Laid, seen: Tensor) -> Laid:
+    return s.of(torch.add(s.data, seen.float() - 1.0, alpha=1e9))
+
+
+def _blend(p: Any, s: Laid, seen: Tensor) -> Laid:
+    keep = seen.to(s.data.dtype)
+    return s.of(s.data * keep - 1e4 * (1 - keep))
+
+
+def _blend_hidden(p: Any, s: Laid, seen: Tensor) -> Laid:
+    hidden = (~seen).type_as(s.data)
+    return s.of((1.0 - hidden) * s.data + hidden * -1e9)
+
+
 APPLICATIONS = (
     Edit("apply", "where", _where),
     Edit("apply", "where_least", _where_least),
@@ -184,6 +211,12 @@ APPLICATIONS = (
     Edit("apply", "add_where", _add_where),
     Edit("apply", "add_written", _add_written),
     Edit("apply", "add_logarithm", _add_logarithm),
+    Edit("apply", "viewed", _viewed),
+    Edit("apply", "subtract", _subtract),
+    Edit("apply", "subtract_alpha", _subtract_alpha),
+    Edit("apply", "add_alpha", _add_alpha),
+    Edit("apply", "blend", _blend),
+    Edit("apply", "blend_hidden", _blend_hidden),
 )
 
 JOINS = (

@@ -21,8 +21,10 @@ _FUSED = "scaled_dot_product_attention"
 
 def candidates(view: View) -> Iterator[fx.Node]:
     """Nodes that end a softmax or are a whole attention, in graph order."""
-    for node in view.graph.nodes:
-        if op(node) == _FUSED or softmax(node) is not None:
+    found = {node: softmax(node) for node in view.graph.nodes}
+    inside = {n for s in found.values() if s is not None for n in s.nodes if n is not s.node}
+    for node, read_ in found.items():
+        if op(node) == _FUSED or (read_ is not None and node not in inside):
             yield node
 
 

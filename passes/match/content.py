@@ -72,6 +72,17 @@ def is_content(term: fx.Node, view: View, needs_gather: bool = False) -> bool:
         needs_gather: only terms that pick or broadcast entries of a smaller tensor count; scores
             themselves would pass otherwise.
     """
+    found = _walk(term, view)
+    return found is not None and found[0] and (found[1] or not needs_gather)
+
+
+def is_bounded(term: fx.Node, view: View) -> bool:
+    """Whether nothing on the way back from a term can make it large enough to hide a key."""
+    return _walk(term, view) is not None
+
+
+def _walk(term: fx.Node, view: View) -> tuple[bool, bool] | None:
+    """(reads activations, picks or broadcasts entries); None where a term may hide keys."""
     stack, seen = [term], set[fx.Node]()
     activations = picked = False
     while stack:
@@ -82,9 +93,9 @@ def is_content(term: fx.Node, view: View, needs_gather: bool = False) -> bool:
         known = view.captured.parameter(node.name) if node.op == "placeholder" else None
         if known is not None:
             if not known.is_floating_point():
-                return False
+                return None
             if not known.is_meta and known.numel() and float(known.detach().abs().max()) >= _BOUND:
-                return False
+                return None
             continue
         if view.linear(node) is not None or op(node) in _ENDS:
             activations = activations or depends_on_input(node, view)
@@ -93,7 +104,7 @@ def is_content(term: fx.Node, view: View, needs_gather: bool = False) -> bool:
         if number is not None and abs(number) < _BOUND:
             continue
         if number is not None or _large_constant(node):
-            return False
+            return None
         if op(node) in _PICKS:
             picked = True
             stack.append(node.all_input_nodes[0])
@@ -101,8 +112,8 @@ def is_content(term: fx.Node, view: View, needs_gather: bool = False) -> bool:
             picked = picked or (op(node) in ("expand", "unsqueeze", "pad") and bool(seen))
             stack.extend(tensor_inputs(node))
         else:
-            return False
-    return activations and (picked or not needs_gather)
+            return None
+    return activations, picked
 
 
 def _passes(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from torch import fx
 
 from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, Softcap
 from rewriter.passes.match.view import Refusal, View
+from rewriter.passes.normalise.ops import lends, operand
 
 _LEAST_LATE_FACTOR = 1e-2
 """A factor below this would bring a mask value of -1e4 near ordinary scores."""
@@ -34,5 +35,5 @@ def gates(terms: Sequence[fx.Node], product: fx.Node, view: View) -> Refusal | N
             return Refusal("the mask or bias is computed from the scores themselves", product)
         if node not in seen and view.order[node] > view.order[product]:
             seen.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend([operand(node)] if lends(node) else node.all_input_nodes)
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
@@ -14,7 +14,8 @@ from rewriter.passes.match.view import View
 from rewriter.passes.normalise.ops import value
 from rewriter.passes.torch_private import symbolic_expression
 
-InputKind = Literal["padding", "positions", "tokens"]
+InputKind = Literal["padding", "positions", "tokens", "counts"]
+"""By example: zeros and ones, 0 1 2 ..., other integers over the tokens, integers that are not."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,12 @@ class MaskInput:
 
     node: fx.Node
     kind: InputKind
-    high: int
+    whole: bool
+
+    def as_tokens(self) -> MaskInput:
+        """A row of zeros and ones may number two documents as well as mark padding."""
+        marks = self.kind == "padding" and self.whole
+        return replace(self, kind="tokens") if marks else self
 
 
 def mask_inputs(
@@ -39,16 +45,20 @@ def mask_inputs(
             return f"the mask depends on '{node.name}', which is no tensor"
         example = example_of(node, view)
         over_tokens = [bool(symbolic_expression(s).free_symbols & tokens) for s in val.shape]
-        kind = _kind(example)
+        kind = _kind(example, any(over_tokens) or (not tokens and val.dim() > 0))
         if val.is_floating_point() and val.dim() >= 3 and not (over_tokens and over_tokens[-1]):
             return f"the mask depends on the activation '{node.name}'"
         if sum(over_tokens) >= 2 or kind is None or (val.dim() >= 3 and kind != "padding"):
             return "mask is an input of the captured module"
-        out.append(MaskInput(node, kind, int(example.max()) + 1))
+        whole = not example.is_floating_point() and example.dtype != torch.bool
+        out.append(MaskInput(node, kind, whole))
     return tuple(out)
 
 
-def _kind(example: torch.Tensor) -> InputKind | None:
+def _kind(example: torch.Tensor, over_tokens: bool) -> InputKind | None:
+    whole = not example.is_floating_point() and example.dtype != torch.bool
+    if whole and not over_tokens and example.dim() <= 1:
+        return "counts"
     if bool(((example == 0) | (example == 1)).all()):
         return "padding"
     if example.is_floating_point():

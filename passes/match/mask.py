@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 
-from rewriter.ir.mask import Atom, Causal, Chunk, Mask, SymmetricWindow, Window
+from rewriter.ir.mask import (
+    Atom,
+    BlockCausal,
+    Causal,
+    CausalOrPrefix,
+    Chunk,
+    Dilated,
+    Mask,
+    SymmetricWindow,
+    Window,
+    WindowOrSinks,
+    WindowOrStride,
+)
 
 _EVIDENCE = 3
-"""Hidden pairs that make a window or chunk: those of its first two cut rows."""
+"""Pairs that an atom hides and no other: those of the first two cut rows of a window."""
 
 HIDDEN = -1e4
 """Additive values at or below this hide a key: models use -1e4, the dtype's least, or -inf."""
@@ -45,51 +59,130 @@ def split_additive(term: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fit(evaluations: Sequence[Evaluated], constants: Iterable[int] = ()) -> Mask | None:
     """The simplest mask without padding that equals every evaluation, or None.
 
-    Window and chunk sizes are measured on the evaluations and taken from `constants` (integers
-    that occur in the graph); each is then tested on all of them.
+    Every atom that hides nothing visible is collected, at the tightest size the evaluations allow;
+    if all of them together are the mask, those that the others imply are dropped.
     """
     if all(bool(e.allowed.all()) for e in evaluations):
         return Mask()
-    offsets = sorted(set(_measured(evaluations)) | set(_nearby(constants)))
-    for atoms in _candidates(offsets):
-        mask = Mask(atoms)
-        if all(torch.equal(mask.dense(e.queries, e.keys), e.allowed) for e in evaluations):
-            return mask if _shown(mask, evaluations) else None
-    return None
+    known = [_Known(a, evaluations) for a in _candidates(evaluations, constants)]
+    known = [k for k in known if k.implied and k.hides]
+    kept = list(known)
+    if not _equal(kept, evaluations):
+        return None
+    for item in known:  # the least simple first
+        rest = [k for k in kept if k is not item]
+        if rest and _equal(rest, evaluations):
+            kept = rest
+    kept.reverse()
+    if not all(_shown(item, kept, evaluations) for item in kept):
+        return None
+    return Mask(tuple(k.atom for k in kept))
 
 
-def _shown(mask: Mask, evaluations: Sequence[Evaluated]) -> bool:
-    """Whether a local atom hides enough pairs to be believed: one odd pair is no window."""
-    if mask.atoms == (Causal(),):
+class _Known:
+    """An atom and what it allows on every evaluation."""
+
+    def __init__(self, atom: Atom, evaluations: Sequence[Evaluated]) -> None:
+        self.atom = atom
+        self.allowed: list[torch.Tensor] = []
+        self.implied, self.hides = True, False
+        for e in evaluations:
+            allowed = Mask((atom,)).dense(e.queries, e.keys)
+            if bool((e.allowed & ~allowed).any()):
+                self.implied = False
+                return
+            self.hides = self.hides or not bool(allowed.all())
+            self.allowed.append(allowed)
+
+
+def _equal(atoms: Sequence[_Known], evaluations: Sequence[Evaluated]) -> bool:
+    for at, e in enumerate(evaluations):
+        together = torch.ones_like(e.allowed)
+        for item in atoms:
+            together = together & item.allowed[at]
+        if not torch.equal(together, e.allowed):
+            return False
+    return True
+
+
+def _shown(item: _Known, kept: Sequence[_Known], evaluations: Sequence[Evaluated]) -> bool:
+    """Whether an atom hides enough pairs alone to be believed: one odd pair is no window."""
+    if isinstance(item.atom, Causal):
         return True
-    whole = Mask((Causal(),)) if mask.causal else Mask()
-    hidden = sum(int((whole.dense(e.queries, e.keys) & ~e.allowed).sum()) for e in evaluations)
+    hidden = 0
+    for at in range(len(evaluations)):
+        alone = ~item.allowed[at]
+        for other in kept:
+            if other is not item:
+                alone = alone & other.allowed[at]
+        hidden += int(alone.sum())
     return hidden >= _EVIDENCE
 
 
-def _candidates(sizes: Sequence[int]) -> Iterator[tuple[Atom, ...]]:
-    """Conjunctions to try, simplest first; of equal ones the smallest size first."""
-    local: list[tuple[Atom, ...]] = [()]
-    local.extend((Window(s),) for s in sizes)
-    local.extend((SymmetricWindow(s),) for s in sizes)
-    local.extend((Chunk(s),) for s in sizes)
-    yield (Causal(),)
-    yield from local[1:]
-    for first, rest in product([(Causal(),)], local[1:]):
-        yield (*first, *rest)
+def _candidates(evaluations: Sequence[Evaluated], constants: Iterable[int]) -> Iterator[Atom]:
+    """Atoms that may hold, the least simple first; of one kind the loosest first."""
+    sizes = sorted({s for s in (*_measured(evaluations), *_nearby(constants)) if s > 1})
+    seen = [_Distances.of(e) for e in evaluations]
+    for step in sizes:
+        reach = max(d.reach(d.values % step != 0) for d in seen)
+        if reach > 0:
+            yield WindowOrStride(reach + 1, step)
+    for sinks in sorted({1, *sizes}, reverse=True):
+        reach = max(d.reach(d.keys >= sinks) for d in seen)
+        if reach >= 0:
+            yield WindowOrSinks(reach + 1, sinks)
+    prefix = max(d.prefix for d in seen)
+    if prefix > 0:
+        yield CausalOrPrefix(prefix)
+    yield from (BlockCausal(s) for s in reversed(sizes))
+    step = math.gcd(*(d.step for d in seen))
+    if step > 1:
+        yield Dilated(step)
+    yield from (Chunk(s) for s in reversed(sizes))
+    yield SymmetricWindow(max(int(np.abs(d.values).max(initial=0)) for d in seen))
+    yield Window(max(max(d.reach(), 0) for d in seen) + 1)
+    yield Causal()
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """Of the visible pairs of one evaluation: i - j, and j."""
+
+    values: np.ndarray[Any, np.dtype[np.int64]]
+    keys: np.ndarray[Any, np.dtype[np.int64]]
+
+    @classmethod
+    def of(cls, e: Evaluated) -> _Distances:
+        i, j = e.allowed.nonzero().unbind(-1)
+        keys = e.keys[j]
+        return cls((e.queries[i] - keys).numpy(), keys.numpy())
+
+    def reach(self, among: Any = slice(None)) -> int:
+        """The largest distance, -1 if nothing reaches back."""
+        return int(self.values[among].max(initial=-1))
+
+    @property
+    def prefix(self) -> int:
+        """Keys up to here are seen from before."""
+        return int(self.keys[self.values < 0].max(initial=-1)) + 1
+
+    @property
+    def step(self) -> int:
+        """The greatest common divisor of all distances."""
+        return int(np.gcd.reduce(self.values))
 
 
 def _measured(evaluations: Sequence[Evaluated]) -> Iterator[int]:
-    """Sizes that the visible band itself shows: its reach backwards, and its first break."""
+    """Sizes that the mask itself shows: where the first row, column and the last row break."""
     for e in evaluations:
-        distance = e.queries[:, None] - e.keys[None, :]
-        visible = distance[e.allowed]
-        if visible.numel():
-            reach = int(visible.max())
-            yield from (s for s in (reach, reach + 1) if s > 0)
-        row = e.allowed[e.queries == 0]
-        if row.numel() and bool(row[0].any()):
-            yield int(e.keys[row[0]].max()) + 1
+        row, column = e.allowed[e.queries == 0], e.allowed[:, e.keys == 0].T
+        for line, at in ((row, e.keys), (column, e.queries)):
+            if line.numel() and bool(line[0].any()):
+                yield int(at[line[0]].max()) + 1
+        if e.allowed.numel():
+            hidden = (~e.allowed[-1]).nonzero()
+            if hidden.numel():
+                yield int(e.keys[hidden[0, 0]])
 
 
 def _nearby(constants: Iterable[int]) -> Iterator[int]:

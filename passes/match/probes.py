@@ -23,10 +23,16 @@ GENERIC = 11
 
 @dataclass(frozen=True)
 class Prober:
-    """Makes probes. `tokens` are the symbolic numbers of queries and of keys."""
+    """Makes probes.
+
+    Attributes:
+        tokens: symbolic numbers of queries and of keys.
+        neutral: one of `NEUTRAL`, what inputs of token values hold where nothing else is said.
+    """
 
     view: View
     tokens: tuple[sympy.Expr, sympy.Expr]
+    neutral: int = 1
 
     @property
     def dynamic(self) -> bool:
@@ -79,9 +85,11 @@ class Prober:
         positions: torch.Tensor | None = None,
         whole: bool = True,
         padding: torch.Tensor | int | None = None,
-        seed: int = 0,
+        drawn: int | None = None,
     ) -> Probe:
         """Inputs that hide nothing, or `padding` for padding inputs.
+
+        `drawn` is the number of one of the `DRAWN` patterns, for inputs of tokens and counts.
 
         `padding` is (B, N) bool, True is valid, or the number of one of `loose_padding`'s patterns.
 
@@ -89,7 +97,6 @@ class Prober:
         gather by position) or hold one entry per sample.
         """
         sizes = self.sizes(length)
-        generator = torch.Generator().manual_seed(seed)
         inputs: dict[str, torch.Tensor] = {}
         for item in term.inputs:
             shape = _shape(item.node, sizes)
@@ -105,8 +112,14 @@ class Prober:
                 sampled = positions is not None and not whole
                 out = positions if sampled and positions is not None else torch.arange(shape[-1])
                 out = out.expand(shape).contiguous()
+            elif drawn is not None:
+                out = values_drawn(item.kind == "counts", shape, drawn, length)
+            elif item.kind == "counts":
+                out = torch.zeros(shape)
+            elif self.neutral == COUNTING:
+                out = torch.arange(shape[-1]).expand(shape).contiguous()
             else:
-                out = torch.randint(0, max(item.high, 2), shape, generator=generator)
+                out = torch.full(shape, self.neutral)
             inputs[item.node.name] = out.to(_dtype(item.node))
         return Probe(sizes, inputs, positions)
 
@@ -124,6 +137,44 @@ class Prober:
             reading = read(term, Probe(sizes, inputs), self.view)
             visible.append(float(reading.allowed.double().mean()))
         return visible[1] >= visible[0]
+
+
+COUNTING = -1
+NEUTRAL = (1, 5, COUNTING)
+"""Token values that a mask most likely takes for one document without padding: a constant, which
+may happen to be the padding token's number, or positions 0, 1, 2, ..."""
+
+DRAWN = 8
+
+
+def values_drawn(counts: bool, shape: Sequence[int], pattern: int, length: int) -> torch.Tensor:
+    """Integers for an input: numbers of tokens, or one number per token (..., N).
+
+    Patterns of token values: documents numbered 1, 2, ... side by side, the same with zeros at the
+    end or at the start, positions that start again with each document, and numbers at random.
+    """
+    generator = torch.Generator().manual_seed(pattern)
+
+    def random(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator)
+
+    if counts:
+        return random(0, length + 1, *shape).sort(-1).values if shape else random(1, length)
+    *lead, n = shape
+    starts = random(0, 4, *lead, n) == 0
+    starts[..., 0] = True
+    document = starts.long().cumsum(-1)
+    kind = pattern % 5
+    if kind == 1:
+        document[..., (2 * n) // 3 :] = 0
+    elif kind == 2:
+        document[..., : max(n // 4, 1)] = 0
+    elif kind == 3:
+        steps = torch.arange(n).expand(document.shape)
+        return steps - torch.where(starts, steps, 0).cummax(-1).values
+    elif kind == 4:
+        return random(0, 3, *shape)
+    return document
 
 
 def padding_patterns(length: int, rows: int = 2) -> tuple[torch.Tensor, ...]:

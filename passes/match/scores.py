@@ -5,6 +5,7 @@ Each rule reads one node and yields a typed step, or a refusal that names the no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from rewriter.passes.match.draft import Facts, Labelled, Scores, Sink
 from rewriter.passes.match.guards import gates, late_changes
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
+from rewriter.passes.normalise.binary import is_binary, line
 from rewriter.passes.normalise.contract import Contraction, contraction
 from rewriter.passes.normalise.layout import backward, regroups
 from rewriter.passes.normalise.noops import cast_dtype, is_cast, is_noop, strip
@@ -35,6 +37,7 @@ class _Walk:
     key_axis: tuple[int, ...]
     steps: list[ScoreStep | fx.Node] = field(default_factory=list)
     fills: dict[fx.Node, FillTerm] = field(default_factory=dict)
+    factors: dict[fx.Node, float] = field(default_factory=dict)
     terms: dict[fx.Node, Labelled] = field(default_factory=dict)
     sink: Sink | None = None
     dtype: str | None = None
@@ -63,6 +66,12 @@ def scores(
     walk.softmax = softmax.normaliser == "softmax"
     walk.shift_invariant = softmax.shift_invariant
     key_axis = labels[softmax.dim]
+    if softmax.keep is not None:
+        refusal = walk.join(softmax.node, softmax.keep, softmax.scores)
+        if refusal is not None:
+            return refusal
+        walk.fills[softmax.node] = FillTerm(0, -math.inf, keep=True)
+        walk.facts.add(f"exponentials times '{softmax.keep.name}' of zeros and ones")
     if softmax.dtype is not None:
         walk.dtype = str(softmax.dtype).removeprefix("torch.")
     while True:
@@ -144,24 +153,75 @@ def _softcap(walk: _Walk, node: fx.Node, cap: float = 1.0) -> Refusal | None:
 
 
 def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
-    if arguments(node).get("alpha", 1) != 1:
-        return Refusal("a mask or bias is added with a factor", node)
+    alpha = arguments(node).get("alpha", 1)
+    if not isinstance(alpha, int | float) or alpha == 0:
+        return Refusal("a mask or bias is added with a factor that is no constant", node)
+    blend = _blend(walk.view, node, float(alpha))
+    if blend is not None:
+        return blend.apply(walk, node)
     pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
     if len(pair) != 2:
         return _shift(walk, node, pair)
     leading = [a for a in pair if leads_to_product(walk.view, a)]
     if len(leading) == 2:
         leading = [a for a in leading if not is_content(a, walk.view, needs_gather=True)] or leading
+    if len(leading) == 2 and op(node) == "sub":
+        return Refusal("something is subtracted from the scores", node)
     if len(leading) != 1:
         what = "two products are added" if leading else "no product of queries and keys is in sight"
         return Refusal(f"{what} before the softmax", node)
     main = leading[0]
     term = pair[1] if main is pair[0] else pair[0]
+    if main is pair[1] and (alpha != 1 or op(node) == "sub"):
+        return Refusal("the scores are added to something with a factor", node)
     refusal = walk.join(node, term, main)
     if refusal is None:
+        walk.factors[node] = -float(alpha) if op(node) == "sub" else float(alpha)
         walk.facts.add(f"added term '{term.name}'")
         walk.node = main
     return refusal
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """x * keep + fill * (1 - keep), `keep` of zeros and ones: x filled where `keep` is 0."""
+
+    main: fx.Node
+    keep: fx.Node
+    fill: float
+
+    def apply(self, walk: _Walk, node: fx.Node) -> Refusal | None:
+        refusal = walk.join(node, self.keep, self.main)
+        if refusal is None:
+            walk.fills[node] = FillTerm(0, self.fill, keep=True)
+            walk.facts.add(f"scores filled with {self.fill:g} where '{self.keep.name}' is 0")
+            walk.node = self.main
+        return refusal
+
+
+def _blend(view: View, node: fx.Node, alpha: float) -> _Blend | None:
+    pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    if len(pair) != 2:
+        return None
+    subtract = op(node) == "sub"
+    for product, other in (pair,) if subtract or alpha != 1 else (pair, pair[::-1]):
+        product = strip(product)
+        if op(product) != "mul" or not all(isinstance(a, fx.Node) for a in product.args[:2]):
+            continue
+        x, b = product.args[:2]
+        for main, keep in ((x, b), (b, x)):
+            assert isinstance(main, fx.Node)
+            assert isinstance(keep, fx.Node)
+            if not is_binary(keep, view.captured.parameter) or not leads_to_product(view, main):
+                continue
+            one, two = line(keep), line(other)
+            if one.base is not two.base:
+                continue
+            slope = two.scale / one.scale
+            fill = two.shift - slope * one.shift
+            if slope + fill == 0.0:
+                return _Blend(main, keep, (-alpha if subtract else alpha) * fill)
+    return None
 
 
 def _shift(walk: _Walk, node: fx.Node, main: list[fx.Node]) -> Refusal | None:
@@ -179,11 +239,13 @@ def _sub(walk: _Walk, node: fx.Node) -> Refusal | None:
     """x - r(x) changes no softmax if r reduces over the keys; other differences are refused."""
     if not isinstance(node.args[1], fx.Node):
         return _shift(walk, node, [operand(node)])
+    if not isinstance(node.args[0], fx.Node):
+        return Refusal("the scores are subtracted from a constant", node)
     shift = strip(node.args[1])
     if op(shift) == "getitem":
         shift = operand(shift)
     if op(shift) not in _REDUCTIONS or strip(operand(shift)) is not strip(operand(node)):
-        return Refusal("something is subtracted from the scores", node)
+        return _add(walk, node)
     over = arguments(shift).get("dim")
     dims = over if isinstance(over, list | tuple) else [over]
     key = walk.axes.leaves(walk.key_axis)
@@ -272,8 +334,7 @@ def leads_to_product(view: View, node: fx.Node) -> bool:
 def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Scores | Refusal:
     axes = walk.axes
     if product.added is not None:
-        if product.beta != 1.0:
-            return Refusal("a mask or bias is added with a factor", product.node)
+        walk.factors[product.node] = product.beta
         shape = walk.view.sizes.of(product.added)
         aligned = walk.labels[len(walk.labels) - len(shape) :]
         labels = tuple(() if s == 1 else d for s, d in zip(shape, aligned, strict=True))
@@ -304,7 +365,9 @@ def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Sco
         if op(item) == "cat":
             steps.append(SinkTerm(index))
         else:
-            steps.append(AddTerm(index) if fill is None else FillTerm(index, fill.value, fill.keep))
+            factor = walk.factors.get(item, 1.0)
+            made = FillTerm(index, fill.value, fill.keep) if fill else AddTerm(index, factor)
+            steps.append(made)
         terms.append(walk.terms[item])
     held = [t.node for t in terms]
     refusal = late_changes(steps, product.node) or gates(held, product.node, walk.view)

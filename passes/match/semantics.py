@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 
 import sympy
 import torch
 
-from rewriter.ir.mask import Atom, Causal, KeyPadding, Mask
+from rewriter.ir.given import has_labels, labels_of
+from rewriter.ir.mask import (
+    Atom,
+    BlockCausal,
+    Causal,
+    CausalOrGroup,
+    CausalOrPrefix,
+    Chunk,
+    ChunkAfterPadding,
+    Documents,
+    KeyPadding,
+    Mask,
+    WindowOrSinks,
+)
 from rewriter.ir.site import AddTerm, PositionKind, SinkTerm, TermRole
 from rewriter.passes.match import mask as masks
-from rewriter.passes.match.content import is_content
+from rewriter.passes.match.content import is_bounded, is_content
 from rewriter.passes.match.draft import Draft, Labelled
 from rewriter.passes.match.heads import Operands
 from rewriter.passes.match.probe import Probe, ProbeError
-from rewriter.passes.match.probes import GENERIC, LOOSE_PATTERNS, Prober, padding_patterns
-from rewriter.passes.match.slices import integer_constants
+from rewriter.passes.match.probes import (
+    DRAWN,
+    GENERIC,
+    LOOSE_PATTERNS,
+    NEUTRAL,
+    Prober,
+    padding_patterns,
+)
+from rewriter.passes.match.slices import (
+    Slice,
+    integer_constants,
+    products,
+    slice_of,
+    table_sizes,
+)
 from rewriter.passes.match.terms import Term, read, term_of
 from rewriter.passes.match.view import View
-from rewriter.passes.normalise.ops import value
+from rewriter.passes.normalise.ops import op, value
 from rewriter.passes.torch_private import symbolic_expression
 
 _DENSE = 300
@@ -27,6 +55,9 @@ _DENSE = 300
 
 _LONGEST = 5000
 """Full evaluation where sampling is not possible: 25 million pairs."""
+
+_LONGEST_PADDED, _PAST = 10_000, 40
+"""With padding there is no sampling; so far past a chunk's first border a shift would show."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +98,8 @@ class Semantics:
             if SinkTerm(index) in draft.steps:
                 roles[index] = "sink"
                 continue
-            if AddTerm(index) in draft.steps and is_content(named.terms[index].node, self._view):
+            added = any(isinstance(s, AddTerm) and s.index == index for s in draft.steps)
+            if added and is_content(named.terms[index].node, self._view):
                 roles[index], content = "bias", True
                 continue
             indices.append(index)
@@ -79,7 +111,7 @@ class Semantics:
         if not terms:
             return Meaning(tuple(roles), Mask(atoms), position)
         try:
-            found = _Evaluation(terms, prober, atoms).meaning()
+            found = _meaning_of(terms, prober, atoms)
         except (ProbeError, RuntimeError) as error:  # torch raises RuntimeError on sizes
             opaque = Mask(opaque=f"the mask cannot be evaluated: {error}")
             return Meaning(tuple(roles), opaque, position)
@@ -99,6 +131,20 @@ def _count(item: Labelled, axis: tuple[int, ...], draft: Draft) -> sympy.Expr:
     return sympy.Integer(draft.axes.total(leaves))
 
 
+def _meaning_of(terms: Sequence[Term], prober: Prober, atoms: tuple[Atom, ...]) -> Meaning:
+    """What the terms mean; masks of token values are tried from several neutral values."""
+    found = _Evaluation(terms, prober, atoms).meaning()
+    if found.mask.opaque is None:
+        return found
+    named = [t.with_tokens() for t in terms]
+    valued = any(i.kind in ("tokens", "counts") for t in named for i in t.inputs)
+    for neutral in NEUTRAL if valued else ():
+        other = _Evaluation(named, replace(prober, neutral=neutral), atoms).meaning()
+        if other.mask.opaque is None:
+            return other
+    return found
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     """Evaluates all terms of one core together."""
@@ -116,15 +162,39 @@ class _Evaluation:
         if mask.opaque is None:
             mask = self._with_padding(mask)
         for i, term in enumerate(self.terms):
-            if self._hides_padding(term):
+            if self._hides_values(term):
                 roles[i] = "mask_and_bias" if "bias" in roles[i] else "mask"
             if term.fill is None and term.learned(view):  # a zero today may be trained tomorrow
                 roles[i] = "bias" if roles[i] in ("none", "bias") else "mask_and_bias"
         return Meaning(tuple(roles), mask, position)
 
+    @cached_property
+    def _parts(self) -> tuple[Slice, ...]:
+        """What may hide: a term without the addends that are bounded whatever the length."""
+        out: list[Slice] = []
+        stack = [t.part.target for t in self.terms if t.fill is None]
+        out += [t.part for t in self.terms if t.fill is not None]
+        view = self.prober.view
+        while stack:
+            node = stack.pop()
+            addends = [n for n in node.all_input_nodes if value(n) is not None]
+            if op(node) == "add" and len(addends) == 2:
+                stack.extend(n for n in addends if not is_bounded(n, view))
+            else:
+                out.append(slice_of(node, view))
+        return tuple(out)
+
+    @cached_property
+    def _constants(self) -> list[int]:
+        view = self.prober.view
+        return sorted({c for part in self._parts for c in integer_constants(part, view)})
+
+    def _small(self) -> list[int]:
+        return [c for c in self._constants if 2 * c + 3 <= _DENSE]
+
     def _without_padding(self) -> Mask:
-        constants = sorted({c for t in self.terms for c in integer_constants(t.part)})
-        small = [c for c in constants if 2 * c + 3 <= _DENSE]
+        constants, small = self._constants, self._small()
+        tables = {n for part in self._parts for n in table_sizes(part, self.prober.view)}
         seen: list[masks.Evaluated] = []
         for length in masks.lengths_to_probe(small, _DENSE):
             found = self._dense(length)
@@ -138,6 +208,12 @@ class _Evaluation:
             if not bool(seen[0].allowed.all()) and any(c >= shown for c in constants):
                 return Mask(opaque="the sequence length was fixed by the capture")
             return masks.fit(seen, constants) or _UNFIT
+        for size in sorted(tables):
+            if all(e.allowed.shape[-1] < size for e in seen):
+                found = self._at_table_size(size)
+                if isinstance(found, str):
+                    return Mask(opaque=found)
+                seen.append(found)
         for c in constants:
             if c in small:
                 continue
@@ -145,7 +221,23 @@ class _Evaluation:
             if isinstance(found, str):
                 return Mask(opaque=found)
             seen.append(found)
+        for c in products(constants):
+            if c > _DENSE and (further := self._at_period(c)) is not None:
+                seen.append(further)
+            elif c <= _DENSE:
+                seen.append(self._dense_or(c + 2, seen[-1]))
         return masks.fit(seen, constants) or _UNFIT
+
+    def _at_table_size(self, size: int) -> masks.Evaluated | str:
+        """Everything that a kept tensor of this length holds."""
+        if size > _LONGEST:
+            return f"a kept tensor of {size} entries is too large to evaluate"
+        for length in (size, size - 5):  # keys that count on their own are 5 more
+            try:
+                return self._dense(length)
+            except ProbeError:
+                continue
+        return f"a kept tensor of {size} entries cannot be evaluated at that length"
 
     def _at_large_size(self, size: int, before: list[masks.Evaluated]) -> masks.Evaluated | str:
         """Evaluate at sampled positions; where the graph does not allow that, at full length."""
@@ -165,6 +257,26 @@ class _Evaluation:
             return self._dense(size + 2)
         except ProbeError:
             return before[-1]  # the graph itself cannot run at this length
+
+    def _dense_or(self, length: int, otherwise: masks.Evaluated) -> masks.Evaluated:
+        try:
+            found = self._dense(length)
+        except ProbeError:  # the graph itself cannot run at this length
+            return otherwise
+        return otherwise if isinstance(found, str) else found
+
+    def _at_period(self, size: int) -> masks.Evaluated | None:
+        """Evaluate around a product of constants, where the graph can be sampled there."""
+        positions = masks.positions_to_sample([size])
+        for whole in (True, False):
+            try:
+                found = self._evaluated(
+                    [self.prober.probe(t, positions.numel(), positions, whole) for t in self.terms]
+                )
+            except ProbeError:
+                continue
+            return None if isinstance(found, str) else found
+        return None
 
     def _dense(self, length: int) -> masks.Evaluated | str:
         return self._evaluated([self.prober.probe(t, length) for t in self.terms])
@@ -188,35 +300,100 @@ class _Evaluation:
     # -- padding and content ---------------------------------------------------------------
 
     def _with_padding(self, mask: Mask) -> Mask:
-        if self._depends_on_tokens():
-            return Mask(opaque="the mask depends on token values")
         hidden = self._padding(mask)
         if isinstance(hidden, str):
-            return Mask(opaque=hidden)
+            anchored = tuple(
+                ChunkAfterPadding(a.size) if isinstance(a, Chunk) else a for a in mask.atoms
+            )
+            if anchored == mask.atoms or self._padding(Mask(anchored)) is not True:
+                return Mask(opaque=hidden)
+            mask, hidden = Mask(anchored), True
+        if any(i.kind in ("tokens", "counts") for t in self.terms for i in t.inputs):
+            return self._with_values(mask, hidden)
         return Mask((*mask.atoms, KeyPadding())) if hidden else mask
 
-    def _depends_on_tokens(self) -> bool:
-        for term in self.terms:
-            if any(i.kind == "tokens" for i in term.inputs):
-                probes = (self.prober.probe(term, GENERIC, seed=s) for s in (1, 2))
-                one, two = (read(term, p, self.prober.view).allowed for p in probes)
-                if not torch.equal(one, two):
-                    return True
-        return False
+    def _with_values(self, mask: Mask, hidden: bool) -> Mask:
+        """Documents, groups or padding that inputs of integers make, if it is one of these."""
+        shown = []
+        for length, drawn in product(self._padded_lengths(mask), range(DRAWN)):
+            queries, keys = self.prober.counts(self.prober.probe(self.terms[0], length))
+            valid = torch.ones(1, keys, dtype=torch.bool)
+            shown.append((self._seen(length, drawn, None), valid))
+            if hidden and self.prober.plain_padding(self.terms, keys):
+                rows = max(self.prober.rows(t) for t in self.terms)
+                valid = padding_patterns(keys, rows)[drawn % 3]
+                shown.append((self._seen(length, drawn, valid), valid))
+        if any(seen is None for seen, _ in shown):
+            return Mask(opaque="token values are treated differently by different heads")
+        pairs = [(seen, valid) for seen, valid in shown if seen is not None]
+        if queries != keys:
+            bases = (Mask.dense(mask, *map(torch.arange, s.shape[1:])) for s, _ in pairs)
+            if hidden or any(bool((s != b).any()) for (s, _), b in zip(pairs, bases, strict=True)):
+                return Mask(opaque="the mask depends on token values")
+            return mask
+        grouped = Mask((CausalOrGroup(),)) if mask.atoms in ((), (Causal(),)) else None
+        for candidate in (mask, Mask((*mask.atoms, Documents())), grouped):
+            if candidate is None:
+                continue
+            fits = [_fits(candidate, seen, valid) for seen, valid in pairs]
+            if None not in fits:
+                padded = hidden or not all(fits)
+                return Mask((*candidate.atoms, KeyPadding())) if padded else candidate
+        return Mask(opaque="the mask depends on token values")
+
+    def _seen(self, length: int, drawn: int, valid: torch.Tensor | None) -> torch.Tensor | None:
+        """(B, Nq, Nk) of all terms for one pattern of token values; None if heads differ."""
+        probes = [self.prober.probe(t, length, padding=valid, drawn=drawn) for t in self.terms]
+        queries, keys = self.prober.counts(probes[0])
+        seen = Mask(self.atoms).dense(torch.arange(queries), torch.arange(keys))[None]
+        for term, probe in zip(self.terms, probes, strict=True):
+            allowed = read(term, probe, self.prober.view).allowed
+            if bool((allowed != allowed[:, :1]).any()):
+                return None
+            seen = seen & allowed[:, 0]
+        return seen
 
     def _padding(self, mask: Mask) -> bool | str:
         """True if padding inputs hide exactly the padded keys, False if they hide nothing."""
         if not any(i.kind == "padding" for t in self.terms for i in t.inputs):
             return False
-        verdicts: set[bool] = set()
-        queries, keys = self.prober.counts(self.prober.probe(self.terms[0], GENERIC))
+        _, keys = self.prober.counts(self.prober.probe(self.terms[0], GENERIC))
         if not self.prober.plain_padding(self.terms, keys):
             return self._loose_padding(mask)
+        verdicts: set[bool] = set()
+        for length in self._padded_lengths(mask):
+            found = self._padding_at(length, mask)
+            if isinstance(found, str):
+                return found
+            verdicts |= found
+        return True in verdicts if len(verdicts) == 1 else "padding hides keys only on one side"
+
+    def _padded_lengths(self, mask: Mask) -> Sequence[int]:
+        """Lengths at which atoms that count from the first position would show a shift, and one
+        at which every small size of the graph shows."""
+        longest = max(masks.lengths_to_probe(self._small(), _DENSE))
+        if self.prober.dynamic and longest > GENERIC:
+            try:
+                self._evaluated([self.prober.probe(t, longest) for t in self.terms])
+            except ProbeError:
+                longest = GENERIC
+        sizes = {a.size for a in mask.atoms if isinstance(a, Chunk | ChunkAfterPadding)}
+        sizes |= {a.size for a in mask.atoms if isinstance(a, BlockCausal | CausalOrPrefix)}
+        sizes |= {a.sinks for a in mask.atoms if isinstance(a, WindowOrSinks)}
+        more = {s + min(s // 2, _PAST) + 2 for s in sizes if s + 2 > GENERIC}
+        return sorted({GENERIC, longest, *more} if self.prober.dynamic else {GENERIC})
+
+    def _padding_at(self, length: int, mask: Mask) -> set[bool] | str:
+        verdicts: set[bool] = set()
+        if length > _LONGEST_PADDED:
+            return f"a size of {length} in the graph is too large to evaluate with padding"
+        queries, keys = self.prober.counts(self.prober.probe(self.terms[0], length))
+        rows, columns = torch.arange(queries), torch.arange(keys)
+        padded = Mask((*mask.atoms, KeyPadding()))
         for valid in padding_patterns(keys, max(self.prober.rows(t) for t in self.terms)):
-            probes = [self.prober.probe(t, GENERIC, padding=valid) for t in self.terms]
-            base = mask.dense(torch.arange(queries), torch.arange(keys))
+            probes = [self.prober.probe(t, length, padding=valid) for t in self.terms]
             shape = (valid.shape[0], 1, queries, keys)
-            seen = Mask(self.atoms).dense(torch.arange(queries), torch.arange(keys)).expand(shape)
+            seen = Mask(self.atoms).dense(rows, columns).expand(shape)
             for term, probe in zip(self.terms, probes, strict=True):
                 allowed = read(term, probe, self.prober.view).allowed
                 if bool((allowed != allowed[:, :1]).any()):
@@ -224,18 +401,18 @@ class _Evaluation:
                 seen = seen & allowed[:, :1]
             if seen.shape != shape:
                 return "padding was given for other keys than the mask hides"
-            wanted = base & valid[:, None, None, :]
+            wanted = padded.dense(rows, columns, valid)
             # Rows without a key are free to hold anything, and padded queries to see nothing.
             alive = wanted.any(-1, keepdim=True)
             if queries == keys:
                 alive = alive & (seen.any(-1, keepdim=True) | valid[:, None, :, None])
             if torch.equal(seen & alive, wanted & alive):
                 verdicts.add(True)
-            elif torch.equal(seen, base.expand(shape)):
+            elif torch.equal(seen, mask.dense(rows, columns).expand(shape)):
                 verdicts.add(False)
             else:
                 return "padding does more than hide padded keys"
-        return True in verdicts if len(verdicts) == 1 else "padding hides keys only on one side"
+        return verdicts
 
     def _loose_padding(self, mask: Mask) -> bool | str:
         """As `_padding`, for inputs that do not name keys: samples of a sound, pixels of an image.
@@ -261,17 +438,36 @@ class _Evaluation:
             taken = taken or not bool(kept.all())
         return taken
 
-    def _hides_padding(self, term: Term) -> bool:
-        if not any(i.kind == "padding" for i in term.inputs):
-            return False
+    def _hides_values(self, term: Term) -> bool:
+        """Whether what a term hides depends on its inputs."""
         view, neutral = self.prober.view, self.prober.probe(term, GENERIC)
-        keys = self.prober.counts(neutral)[1]
-        padding: torch.Tensor | int = 0
-        if self.prober.plain_padding([term], keys):
-            padding = padding_patterns(keys, self.prober.rows(term))[0]
         plain = read(term, neutral, view).allowed
-        padded = read(term, self.prober.probe(term, GENERIC, padding=padding), view).allowed
-        return bool((plain != padded).any())
+        probes: list[Probe] = []
+        if any(i.kind == "padding" for i in term.inputs):
+            keys = self.prober.counts(neutral)[1]
+            padding: torch.Tensor | int = 0
+            if self.prober.plain_padding([term], keys):
+                padding = padding_patterns(keys, self.prober.rows(term))[0]
+            probes.append(self.prober.probe(term, GENERIC, padding=padding))
+        if any(i.kind in ("tokens", "counts") for i in term.inputs):
+            probes += [self.prober.probe(term, GENERIC, drawn=d) for d in range(DRAWN)]
+        return any(bool((read(term, p, view).allowed != plain).any()) for p in probes)
+
+
+def _fits(candidate: Mask, seen: torch.Tensor, valid: torch.Tensor) -> bool | None:
+    """Whether all valid keys are seen under a candidate; None if the mask is another."""
+    real = seen.any(-2)
+    if bool((real & ~valid).any()):
+        return None
+    if has_labels(candidate):
+        if labels_of(candidate, seen, real) is None:
+            return None
+    else:
+        steps = torch.arange(seen.shape[-1])
+        shown = Mask((*candidate.atoms, KeyPadding())).dense(steps, steps, real)[:, 0]
+        if bool(((shown != seen) & real[:, :, None]).any()):
+            return None
+    return bool((real == valid).all())
 
 
 _UNFIT = Mask(opaque="it fits no known combination of masks")

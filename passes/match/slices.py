@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 
 from rewriter.passes.match.view import View
 from rewriter.passes.normalise.layout import permutation
-from rewriter.passes.normalise.ops import is_inplace, op, value
+from rewriter.passes.normalise.ops import is_inplace, lends, op, value
 
 _VIEWS = frozenset(
     {"view", "reshape", "slice", "select", "unsqueeze", "squeeze", "expand", "alias", "detach"}
@@ -31,6 +31,9 @@ SHAPE_ONLY = frozenset(
 """Operators that read shape and dtype of their input, never its values."""
 
 _LARGEST = 1 << 24
+_FEW, _FEW_CONSTANTS = 16, 4
+_HIDES = 1e3
+"""Entries of a float table below minus this may hide keys."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def _ancestors(node: fx.Node, found: set[fx.Node]) -> None:
         sources: Iterable[fx.Node] = item.all_input_nodes
         if op(item) in SHAPE_ONLY:
             sources = [n for n in sources if n is not item.args[0]]
+        elif lends(item):
+            sources = [n for n in sources if n is item.args[0]]
         stack.extend(sources)
 
 
@@ -91,18 +96,56 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
     return out
 
 
-def integer_constants(part: Slice) -> tuple[int, ...]:
-    """Integers that may be window or chunk sizes: arguments of arithmetic and comparisons."""
+def integer_constants(part: Slice, view: View) -> tuple[int, ...]:
+    """Integers that may be window or chunk sizes: of arithmetic, comparisons and small tensors."""
     out: set[int] = set()
     for node in part.nodes:
+        if node.op == "placeholder":
+            out.update(_small_tensor(view.captured.parameter(node.name)))
+            continue
         if value(node) is None or op(node) not in _ARITHMETIC:
             continue
-        flat = (*node.args, *node.kwargs.values())
-        for item in flat:
+        for item in (*node.args, *node.kwargs.values()):
             if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
+            if op(node).endswith("_shift") and 0 < item < 24:
+                item = 2**item
+            elif 0 < abs(item) < 1:  # x * (1 / 32) instead of x // 32
+                item = round(1 / item)
             if math.isfinite(item) and float(item).is_integer() and 2 <= abs(item) < _LARGEST:
                 out.add(abs(int(item)))
+    return tuple(sorted(out))
+
+
+def _small_tensor(tensor: torch.Tensor | None) -> set[int]:
+    if tensor is None or tensor.is_meta or tensor.dtype == torch.bool or tensor.numel() > _FEW:
+        return set()
+    return {
+        abs(int(x)) for x in tensor.flatten().tolist() if 2 <= abs(x) < _LARGEST and x == int(x)
+    }
+
+
+def products(constants: Sequence[int]) -> tuple[int, ...]:
+    """Periods that nested divisions by a few constants make."""
+    if len(constants) > _FEW_CONSTANTS:
+        return ()
+    pairs = {a * b for a in constants for b in constants}
+    return tuple(sorted(n for n in pairs - set(constants) if n < _LARGEST))
+
+
+def table_sizes(part: Slice, view: View) -> tuple[int, ...]:
+    """Lengths of kept tensors whose entries may hide keys: what they hold shows at that length."""
+    out: set[int] = set()
+    for node in part.inputs:
+        tensor = view.captured.parameter(node.name)
+        if tensor is None or tensor.is_meta or not tensor.numel():
+            continue
+        if tensor.is_floating_point():
+            flat = tensor.detach()
+            binary = bool(((flat == 0) | (flat == 1)).all())
+            if not binary and float(flat.min()) > -_HIDES:
+                continue
+        out.update(n for n in tensor.shape if n > 2)
     return tuple(sorted(out))
 
 
@@ -130,5 +173,8 @@ _ARITHMETIC = frozenset(
         "new_full",
         "where",
         "bitwise_right_shift",
+        "bitwise_left_shift",
+        "__rshift__",
+        "__lshift__",
     }
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import nn
 
-from rewriter.ir.site import FillTerm, PositionKind, TermRole
+from rewriter.ir.site import AddTerm, FillTerm, PositionKind, TermRole
 from rewriter.passes.match import bias as biases
 from rewriter.passes.match import mask as masks
 from rewriter.passes.match.draft import Draft
@@ -33,6 +33,7 @@ class Term:
     """A term with everything that evaluating it needs.
 
     Attributes:
+        factor: what the term is multiplied by before it is added.
         dims: what is folded into each dimension, outermost first: batch, head, kv_head, group,
             query, key.
         heads: (key/value heads, query heads per key/value head).
@@ -41,8 +42,13 @@ class Term:
     part: Slice
     inputs: tuple[MaskInput, ...]
     fill: FillTerm | None
+    factor: float
     dims: tuple[tuple[str, ...], ...]
     heads: tuple[int, int]
+
+    def with_tokens(self) -> Term:
+        """The same, its integer inputs of zeros and ones taken for numbers that tokens carry."""
+        return replace(self, inputs=tuple(i.as_tokens() for i in self.inputs))
 
     def learned(self, view: View) -> bool:
         """The term is computed from trainable parameters."""
@@ -91,8 +97,10 @@ def term_of(
     fill = next((s for s in draft.steps if isinstance(s, FillTerm) and s.index == index), None)
     if fill is not None and fill.value > masks.HIDDEN:
         return f"hidden scores are filled with {fill.value:g}, which hides nothing"
+    added = (s for s in draft.steps if isinstance(s, AddTerm) and s.index == index)
+    factor = next((s.factor for s in added), 1.0)
     heads = (named.heads.key_value, named.heads.group)
-    return Term(part, inputs, fill, _dims(index, draft, named), heads)
+    return Term(part, inputs, fill, factor, _dims(index, draft, named), heads)
 
 
 def _dims(index: int, draft: Draft, named: Operands) -> tuple[tuple[str, ...], ...]:
@@ -117,7 +125,7 @@ def read(term: Term, probe: Probe, view: View) -> Reading:
         return Reading(tensor.bool() if term.fill.keep else ~tensor.bool(), None)
     if tensor.dtype == torch.bool:
         return Reading(tensor, None)
-    return Reading(*masks.split_additive(tensor.float()))
+    return Reading(*masks.split_additive(tensor.float() * term.factor))
 
 
 def _canonical(tensor: torch.Tensor, term: Term) -> torch.Tensor:

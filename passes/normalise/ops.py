@@ -80,6 +80,17 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), _TENSORS)]
 
 
+_LENDERS = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
+
+
+def lends(node: fx.Node) -> bool:
+    """Whether the second argument of a node gives its shape or dtype and no values."""
+    name = op(node)
+    return name in _LENDERS or (
+        name == "to" and len(node.args) > 1 and isinstance(node.args[1], fx.Node)
+    )
+
+
 def dimension(index: int, rank: int) -> int:
     """A dimension index made positive."""
     return index + rank if index < 0 else index

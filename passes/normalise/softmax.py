@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rewriter import extension
+from rewriter.passes.normalise.binary import is_binary
 from rewriter.passes.normalise.noops import strip, strip_casts
 from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
 
@@ -22,7 +23,8 @@ class Softmax:
 
     `dtype` is what the operator itself casts the scores to, if it does. `nodes` are the nodes of a
     hand-written softmax between scores and result, result included. `normaliser` is another name
-    for what another package reads (`rewriter.extension.Anchor`).
+    for what another package reads (`rewriter.extension.Anchor`). `keep`, of zeros and ones,
+    multiplies the exponentials before they are summed: where it is 0 the scores are hidden.
     """
 
     node: fx.Node
@@ -32,6 +34,7 @@ class Softmax:
     nodes: tuple[fx.Node, ...]
     normaliser: str = "softmax"
     shift_invariant: bool = True
+    keep: fx.Node | None = None
 
 
 def softmax(node: fx.Node) -> Softmax | None:
@@ -99,7 +102,13 @@ def _by_hand(node: fx.Node, rank: int) -> Softmax | None:
     lifted = op(bottom) == "unsqueeze"
     total = strip_casts(operand(bottom)) if lifted else bottom
     nodes.append(total)
-    if op(top) != "exp" or op(total) != "sum" or strip_casts(operand(total)) is not top:
+    if op(total) != "sum" or strip_casts(operand(total)) is not top:
+        return None
+    whole, keep = _kept(top)
+    if whole is not top:
+        nodes.append(top)
+        top = whole
+    if op(top) != "exp" and (keep is None or op(top) not in _OPERATORS):
         return None
     dim = _reduced(total, rank)
     if dim is None or (lifted and dimension(int(arguments(bottom)["dim"]), rank) != dim):
@@ -108,13 +117,30 @@ def _by_hand(node: fx.Node, rank: int) -> Softmax | None:
         return None
     nodes.append(top)
     scores = operand(top)
+    if op(top) != "exp":  # a softmax, normalised again over what a mask leaves
+        inner_dim = dimension(int(arguments(top)["dim"]), rank)
+        given = arguments(top).get("dtype")
+        dtype = given if isinstance(given, torch.dtype) else None
+        return (
+            Softmax(node, scores, dim, dtype, tuple(nodes), keep=keep) if inner_dim == dim else None
+        )
     inner = strip(scores)
     if op(inner) == "sub" and isinstance(inner.args[1], fx.Node):
         shift = _maximum(strip(inner.args[1]), dim, rank)
         if shift is not None and strip(operand(shift[-1])) is strip(operand(inner)):
             nodes.extend([inner, *shift])
             scores = operand(inner)
-    return Softmax(node, scores, dim, None, tuple(nodes))
+    return Softmax(node, scores, dim, None, tuple(nodes), keep=keep)
+
+
+def _kept(top: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(e, keep) of e * keep with `keep` of zeros and ones, else (top, None)."""
+    if op(top) == "mul" and all(isinstance(a, fx.Node) for a in top.args[:2]):
+        for at in (0, 1):
+            e, keep = strip_casts(operand(top, at)), operand(top, 1 - at)
+            if op(e) in ("exp", *_OPERATORS) and is_binary(keep):
+                return e, keep
+    return top, None
 
 
 def _maximum(node: fx.Node, dim: int, rank: int) -> list[fx.Node] | None:

@@ -12,8 +12,16 @@ from torch import fx
 
 from rewriter.backends.registry import resolve
 from rewriter.ir.block_sparse import BlockSparse
-from rewriter.ir.mask import Causal, Chunk, SymmetricWindow, Window
-from rewriter.ir.site import AttentionSite
+from rewriter.ir.mask import (
+    BlockCausal,
+    Causal,
+    Chunk,
+    Dilated,
+    SymmetricWindow,
+    Window,
+    WindowOrSinks,
+)
+from rewriter.ir.site import AddTerm, AttentionSite
 from rewriter.passes.match import CoreNodes, Match, Operand
 from rewriter.passes.match.inputs import example_of
 from rewriter.passes.match.slices import slice_of
@@ -22,7 +30,7 @@ from rewriter.passes.normalise.ops import arguments, op, value
 from rewriter.passes.torch_private import symbolic_expression
 
 _DROPOUTS = {"dropout": "train", "native_dropout": "train", "feature_dropout": "train"}
-_OWN_KEY = (Causal, Window, SymmetricWindow, Chunk)
+_OWN_KEY = (Causal, Window, SymmetricWindow, Chunk, Dilated, BlockCausal, WindowOrSinks)
 """Atoms under which every query sees the key at its own position."""
 
 
@@ -121,6 +129,10 @@ def _unfit(site: AttentionSite, nodes: CoreNodes) -> str | None:
         return f"the mask is opaque ({site.mask.opaque})"
     if site.normaliser != "softmax":
         return f"the scores are normalised by {site.normaliser}, which has no fused form"
+    if site.mask.given:
+        return "the mask holds documents or groups, which each call brings"
+    if any(isinstance(s, AddTerm) and s.factor != 1.0 for s in site.score):
+        return "the mask is added with a factor, which has no fused form here"
     if site.has_bias:
         return "the scores have an additive bias, which has no fused form here yet"
     if nodes.weights is not None:

@@ -10,12 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
-import sympy
 import torch
-from sympy.logic.boolalg import And, Boolean, Or
+from sympy.logic.boolalg import And, Boolean
 
+from rewriter.ir.atoms import (
+    ATOMS,
+    Atom,
+    BlockCausal,
+    Causal,
+    CausalOrGroup,
+    CausalOrPrefix,
+    Chunk,
+    ChunkAfterPadding,
+    Dilated,
+    Documents,
+    KeyPadding,
+    SymmetricWindow,
+    Window,
+    WindowOrSinks,
+    WindowOrStride,
+)
 from rewriter.ir.predicate import VALID, B, H, I, J, evaluate
 
 __all__ = [
@@ -23,8 +39,14 @@ __all__ = [
     "VALID",
     "Atom",
     "B",
+    "BlockCausal",
     "Causal",
+    "CausalOrGroup",
+    "CausalOrPrefix",
     "Chunk",
+    "ChunkAfterPadding",
+    "Dilated",
+    "Documents",
     "H",
     "I",
     "J",
@@ -33,91 +55,9 @@ __all__ = [
     "SymmetricWindow",
     "Window",
     "WindowOrSinks",
+    "WindowOrStride",
     "evaluate",
 ]
-
-
-@dataclass(frozen=True)
-class Atom:
-    """One condition on (b, h, i, j)."""
-
-    name: ClassVar[str]
-
-    def predicate(self) -> Boolean:
-        raise NotImplementedError
-
-    def to_json(self) -> dict[str, Any]:
-        return {"atom": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
-
-
-@dataclass(frozen=True)
-class Causal(Atom):
-    """j <= i."""
-
-    name: ClassVar[str] = "causal"
-
-    def predicate(self) -> Boolean:
-        return sympy.Le(J, I)
-
-
-@dataclass(frozen=True)
-class Window(Atom):
-    """i - j < size: the last `size` tokens including the query's own (sliding-window models)."""
-
-    size: int
-    name: ClassVar[str] = "window"
-
-    def predicate(self) -> Boolean:
-        return sympy.Lt(I - J, self.size)
-
-
-@dataclass(frozen=True)
-class SymmetricWindow(Atom):
-    """|i - j| <= radius: the bidirectional local window."""
-
-    radius: int
-    name: ClassVar[str] = "symmetric_window"
-
-    def predicate(self) -> Boolean:
-        return sympy.Le(sympy.Abs(I - J), self.radius)
-
-
-@dataclass(frozen=True)
-class Chunk(Atom):
-    """i // size == j // size: only the query's own chunk."""
-
-    size: int
-    name: ClassVar[str] = "chunk"
-
-    def predicate(self) -> Boolean:
-        return sympy.Eq(sympy.floor(I / self.size), sympy.floor(J / self.size))
-
-
-@dataclass(frozen=True)
-class WindowOrSinks(Atom):
-    """i - j < size, or j among the first `sinks` tokens (StreamingLLM, absolute positions)."""
-
-    size: int
-    sinks: int
-    name: ClassVar[str] = "window_or_sinks"
-
-    def predicate(self) -> Boolean:
-        return Or(sympy.Lt(I - J, self.size), sympy.Lt(J, self.sinks))
-
-
-@dataclass(frozen=True)
-class KeyPadding(Atom):
-    """valid(b, j) = 1: padded keys are seen by nobody."""
-
-    name: ClassVar[str] = "key_padding"
-
-    def predicate(self) -> Boolean:
-        return sympy.Eq(VALID(B, J), 1)
-
-
-ATOMS: Mapping[str, type[Atom]] = {
-    a.name: a for a in (Causal, Window, SymmetricWindow, Chunk, WindowOrSinks, KeyPadding)
-}
 
 
 @dataclass(frozen=True)
@@ -137,6 +77,11 @@ class Mask:
     @property
     def padding(self) -> bool:
         return any(isinstance(a, KeyPadding) for a in self.atoms)
+
+    @property
+    def given(self) -> bool:
+        """Among real tokens too, what is hidden is known only when the model is called."""
+        return any(a.given for a in self.atoms)
 
     @property
     def window(self) -> int | None:
@@ -160,7 +105,19 @@ class Mask:
         return _conjunction(self.atoms)
 
     def without_padding(self) -> Mask:
-        return Mask(tuple(a for a in self.atoms if not isinstance(a, KeyPadding)), self.opaque)
+        """What is left where every key is valid."""
+        atoms = (a for a in self.atoms if not isinstance(a, KeyPadding))
+        return Mask(
+            tuple(Chunk(a.size) if isinstance(a, ChunkAfterPadding) else a for a in atoms),
+            self.opaque,
+        )
+
+    def neutral(self) -> Mask:
+        """What is left of a call without padding, with one document and without groups."""
+        atoms = (a for a in self.without_padding().atoms if not isinstance(a, Documents))
+        return Mask(
+            tuple(Causal() if isinstance(a, CausalOrGroup) else a for a in atoms), self.opaque
+        )
 
     def dense(
         self, queries: torch.Tensor, keys: torch.Tensor, valid: torch.Tensor | None = None
@@ -172,14 +129,21 @@ class Mask:
             keys: (Nk,) int64, absolute key positions.
             valid: (batch, Nk) bool, needed when the mask has key padding; None means all valid.
 
+        Documents and groups, which only a call brings, count as one document and no group.
+
         Returns:
             Boolean tensor (Nq, Nk), or (batch, 1, Nq, Nk) when `valid` is given.
         """
         i, j = queries[:, None], keys[None, :]
-        out = evaluate(self.without_padding().predicate, i, j)
-        out = out.expand(queries.numel(), keys.numel())
+        shifted = [a for a in self.atoms if isinstance(a, ChunkAfterPadding)]
+        if valid is None or not self.padding:
+            shifted = []
+        fixed = Mask(tuple(a for a in self.atoms if a not in shifted), self.opaque)
+        out = evaluate(fixed.neutral().predicate, i, j).expand(queries.numel(), keys.numel())
         if valid is not None and self.padding:
-            return out[None, None] & valid[:, None, None, :]
+            out = out[None, None] & valid[:, None, None, :]
+            for atom in shifted:
+                out = out & _shifted(atom, i, j, valid)
         return out
 
     def describe(self) -> str:
@@ -204,6 +168,16 @@ class Mask:
             values = {k: v for k, v in item.items() if k != "atom"}
             atoms.append(ATOMS[item["atom"]](**values))
         return cls(tuple(atoms), data.get("opaque"))
+
+
+def _shifted(
+    atom: ChunkAfterPadding, i: torch.Tensor, j: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """(batch, 1, Nq, Nk): chunks counted from the first valid key of each row."""
+    first = valid.int().argmax(-1)[:, None, None, None]
+    return (i - first).div(atom.size, rounding_mode="floor") == (j - first).div(
+        atom.size, rounding_mode="floor"
+    )
 
 
 @lru_cache(maxsize=256)

@@ -33,7 +33,8 @@ from sympy.logic.boolalg import (
 from rewriter.ir.lookup import Lookup, Table
 
 B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E741 (query position)
-VALID = sympy.Function("valid")
+VALID, FIRST = sympy.Function("valid"), sympy.Function("first")
+DOCUMENT, GROUP = sympy.Function("document"), sympy.Function("group")
 
 Number = Literal["var", "const", "add", "mul", "floordiv", "mod", "abs", "min", "max"]
 Logic = Literal["true", "false", "and", "or", "not", "le", "lt", "eq", "ne", "table"]

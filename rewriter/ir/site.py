@@ -84,10 +84,17 @@ class Softcap(ScoreStep):
 
 @dataclass(frozen=True)
 class AddTerm(ScoreStep):
-    """scores + terms[index]: an additive mask, a bias, or both in one tensor."""
+    """scores + factor * terms[index]: an additive mask, a bias, or both in one tensor."""
 
     index: int
+    factor: float = 1.0
     name: ClassVar[str] = "add"
+
+    def to_json(self) -> dict[str, Any]:
+        out = super().to_json()
+        if self.factor == 1.0:  # as it always was, so that hashes of saved sites stay
+            del out["factor"]
+        return out
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ class Mixer(nn.Module):
         """Why this mixer cannot serve the site, as one sentence, or None if it can."""
         if site.mask.opaque is not None:
             return f"the mask is opaque ({site.mask.opaque})"
+        if site.mask.given:
+            return f"{cls.info.name} has no form for a mask that each call brings (documents)"
         if site.kind not in cls.info.directions:
             return f"{cls.info.name} has no {site.kind} form"
         if site.cross and not cls.info.cross:

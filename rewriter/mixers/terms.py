@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.errors import UnsupportedError
+from rewriter.ir.given import has_labels, labels_of
 from rewriter.ir.site import AddTerm, AttentionSite, FillTerm
 
 _NOTE = "_attention_rewriter_split"
@@ -29,17 +30,19 @@ _NEVER = -1000.0  # a pure mask hides below this: exp(-1000) is 0 in every dtype
 class SplitTerms:
     """`valid`: (B, n) bool or None if every new token is valid; `bias`: (1|B, 1|H, 1|n, seen + n).
 
-    Column j of `bias` belongs to the key at position j; hidden entries are 0.
+    Column j of `bias` belongs to the key at position j; hidden entries are 0. `labels`, of masks
+    with documents or groups, is what `ir.given.labels_of` reads off the mask, (1|B, n).
     """
 
     valid: torch.Tensor | None
     bias: torch.Tensor | None
+    labels: torch.Tensor | None = None
 
     def of_batch(self, batch: int) -> SplitTerms:
         """`valid` for all rows, also where one mask row serves the whole batch."""
-        if self.valid is None or self.valid.shape[0] == batch:
-            return self
-        return SplitTerms(self.valid.expand(batch, -1), self.bias)
+        rows = (t if t is None else t.expand(batch, -1) for t in (self.valid, self.labels))
+        valid, labels = rows
+        return SplitTerms(valid, self.bias, labels)
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,13 @@ def split(
     if not hiding:
         return SplitTerms(None, bias)
     if not _readable(tensors):
-        return SplitTerms(_valid(site, hiding, seen, new, check=False), bias)
+        return SplitTerms(_valid(site, hiding, seen, new, check=False)[0], bias)
     key = (site.mask, site.score, site.terms, site.causal_flag, seen, new)
     note = _recall(tensors, key)
     if note is None:
-        note = _Note(_valid(site, hiding, seen, new, check=True))
+        note = _Note(*_valid(site, hiding, seen, new, check=True))
         _remember(tensors, key, note)
-    return SplitTerms(note.valid, bias)
+    return SplitTerms(note.valid, bias, note.labels)
 
 
 def all_visible(
@@ -132,8 +135,8 @@ def _shown(site: AttentionSite, hiding: Given, rows: slice) -> torch.Tensor:
 
 def _valid(
     site: AttentionSite, hiding: Given, seen: int, new: int, *, check: bool
-) -> torch.Tensor | None:
-    """Which new tokens are real, (1|B, new), or None if all are."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which new tokens are real, (1|B, new), or None if all are; and their labels if they have."""
     shapes = (term.shape for _, term in hiding)
     columns = torch.broadcast_shapes(*shapes)[-1]  # type: ignore[no-untyped-call]
     if columns < new:
@@ -148,10 +151,32 @@ def _valid(
     start = seen if columns >= seen + new else columns - new
     valid = real[:, start : start + new]
     if not check:
-        return valid
-    for rows in pieces:
-        _check(site, _shown(site, hiding, rows), real, valid, seen, new, rows)
-    return None if bool(valid.all()) else valid
+        return valid, None
+    labels = None
+    if has_labels(site.mask):
+        labels = _labels(site, _shown(site, hiding, slice(None)), valid, seen)
+    else:
+        for rows in pieces:
+            _check(site, _shown(site, hiding, rows), real, valid, seen, new, rows)
+    return None if bool(valid.all()) else valid, labels
+
+
+def _labels(
+    site: AttentionSite, allow: torch.Tensor, valid: torch.Tensor, seen: int
+) -> torch.Tensor:
+    """Documents or groups of a call without earlier tokens, (1|B, n)."""
+    labels = None
+    if not seen and allow.shape[1] == 1 and allow.shape[-1] == allow.shape[-2]:
+        shown = allow[:, 0]
+        if site.causal_flag:  # it hides keys beside the tensor, which need not hide them again
+            shown = shown.tril()
+        labels = labels_of(site.mask, shown, valid)
+    if labels is None:
+        raise UnsupportedError(
+            f"'{site.fqn}': the mask passed now is not {site.mask.describe()} over the tokens of "
+            "this call"
+        )
+    return labels
 
 
 def _pieces(hiding: Given, new: int, columns: int) -> list[slice]:
@@ -168,10 +193,13 @@ def _part(site: AttentionSite, index: int, term: torch.Tensor) -> _Part:
     if fill is not None:
         chosen = term.bool()
         return _Part(chosen if fill.keep else ~chosen, None)
-    if not any(isinstance(s, AddTerm) and s.index == index for s in site.score):
+    added = next((s for s in site.score if isinstance(s, AddTerm) and s.index == index), None)
+    if added is None:
         raise UnsupportedError(f"'{site.fqn}': nothing is known about its mask tensor {index}")
     if term.dtype == torch.bool:
         return _Part(term, None)
+    if added.factor != 1.0:
+        term = term * added.factor
     if role == "bias":
         return _Part(None, term)
     if role == "mask":
@@ -232,8 +260,10 @@ def _layout(term: torch.Tensor) -> tuple[object, ...]:
 class _Note:
     """What is remembered on a mask: `valid`, and of which tensors and call. Never pickled."""
 
-    def __init__(self, valid: torch.Tensor | None = None) -> None:
-        self.valid = valid
+    def __init__(
+        self, valid: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> None:
+        self.valid, self.labels = valid, labels
         self.owners: tuple[weakref.ref[torch.Tensor], ...] = ()
         self.facts: tuple[object, ...] = ()
 

@@ -75,7 +75,7 @@ def core_from_description(item: Match, values: dict[fx.Node, Any]) -> torch.Tens
         elif isinstance(step, Softcap):
             scores = step.cap * torch.tanh(scores / step.cap)
         elif isinstance(step, AddTerm):
-            scores = scores + _aligned(values, nodes.terms[step.index], scores)
+            scores = scores + step.factor * _aligned(values, nodes.terms[step.index], scores)
         elif isinstance(step, FillTerm):
             term = _aligned(values, nodes.terms[step.index], scores)
             scores = scores.masked_fill(term != step.keep, step.value)

@@ -28,6 +28,11 @@ def brute(kind: str, size: int, i: int, j: int) -> bool:
         "chunk": i // size == j // size,
         "causal chunk": j <= i and i // size == j // size,
         "one sided": i - j < size,
+        "sinks": j <= i and (i - j < size or j < 3),
+        "dilated": (i - j) % size == 0,
+        "strided": j <= i and (i - j < 4 or (i - j) % size == 0),
+        "prefix": j <= i or j < size,
+        "block causal": j // size <= i // size,
     }[kind]
 
 
@@ -36,7 +41,10 @@ def evaluated(kind: str, size: int, length: int) -> Evaluated:
     return Evaluated.dense(torch.tensor(rows))
 
 
-KINDS = ["full", "causal", "window", "symmetric", "chunk", "causal chunk", "one sided"]
+KINDS = [
+    *("full", "causal", "window", "symmetric", "chunk", "causal chunk", "one sided"),
+    *("sinks", "dilated", "strided", "prefix", "block causal"),
+]
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ made, or behind a cache, such a call runs as the graph had it.
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,7 +22,17 @@ from rewriter.backends.registry import Kernel, resolve
 from rewriter.errors import UnsupportedError
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.decode import Decode
-from rewriter.ir.mask import Causal, KeyPadding, Mask, SymmetricWindow, Window
+from rewriter.ir.given import boundaries
+from rewriter.ir.mask import (
+    Causal,
+    Dilated,
+    Documents,
+    KeyPadding,
+    Mask,
+    SymmetricWindow,
+    Window,
+    WindowOrStride,
+)
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM
 from rewriter.kv_cache import in_place
@@ -33,7 +44,8 @@ from rewriter.mixers.exact.keep import Keep, KeepOptions
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Masks that mean the same when queries and keys move by the same distance.
-_RELATIVE = (Causal, Window, SymmetricWindow, KeyPadding)
+_RELATIVE = (Causal, Window, SymmetricWindow, Dilated, WindowOrStride, KeyPadding)
+_MOST_PIECES = 16  # of a row with groups: each piece is a call of its own
 
 
 class FusedOptions(KeepOptions):
@@ -137,12 +149,14 @@ class Fused(Keep):
             k, v = k[:, :, :keys], v[:, :, :keys]
         if keys < seen + new and not all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms):
             return None
+        if self.site.mask.given:
+            return None if seen else self._labelled(q, k, v, terms)
         first = self._first_seen(new, keys)
         lengths = self._lengths(terms, seen, new, first, keys, q.shape[0])
         if isinstance(lengths, str):
             return None
-        offset = keys - new if self.site.kind == "causal" else 0
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        offset = keys - new
+        grad = self._grad(q, k, v)
         if new == 1 and not grad and lengths is None and first is not None:
             if first:
                 k, v = k[:, :, first:], v[:, :, first:]
@@ -154,6 +168,77 @@ class Fused(Keep):
         more = {} if lengths is None else {"key_lengths": lengths}
         out: torch.Tensor = kernel.run(q, k, v, **more)[0]
         return out
+
+    def _labelled(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms
+    ) -> torch.Tensor | None:
+        """Attention of a call whose mask holds documents or groups; row by row of the batch."""
+        new = q.shape[-2]
+        given = [t for i, t in enumerate(terms) if t is not None and self.site.terms[i] != "none"]
+        if k.shape[-2] != new or not given or torch.compiler.is_compiling():
+            return None
+        try:
+            split = site_terms.split(self.site, terms, 0, new).of_batch(q.shape[0])
+        except UnsupportedError:
+            return None
+        labels = split.labels
+        if labels is None or not (self._packs or split.valid is None or _on_the_right(split.valid)):
+            return None
+        pieces = self._documents if self._packs else self._groups
+        rows: list[torch.Tensor] = []
+        for b, row in enumerate(labels):
+            out = pieces(q[b : b + 1], k[b : b + 1], v[b : b + 1], row)
+            if out is None:
+                return None
+            rows.append(out)
+        return torch.cat(rows)
+
+    @property
+    def _packs(self) -> bool:
+        return any(isinstance(a, Documents) for a in self.site.mask.atoms)
+
+    def _documents(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor | None:
+        """One row of documents side by side; None if they are mixed."""
+        cu_seqlens = boundaries(labels)
+        kernel = self._kernel(q, k, v, 0, self._grad(q, k, v))
+        if cu_seqlens is None or kernel.backend == "reference":
+            return None
+        out: torch.Tensor = kernel.run(q, k, v, cu_seqlens=cu_seqlens)[0]
+        return out
+
+    def _groups(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor | None:
+        """One row: queries of a group see all keys up to its end, others see those before them."""
+        # A group is an interval [start, end]; tokens outside of groups are intervals of one.
+        cu = boundaries(labels)
+        if cu is None:
+            return None
+        edges = [int(x) for x in cu]
+        pieces: list[tuple[int, int, bool]] = []
+        for start, end in itertools.pairwise(edges):
+            whole = end - start > 1
+            if pieces and not whole and not pieces[-1][2]:
+                pieces[-1] = (pieces[-1][0], end, False)
+            else:
+                pieces.append((start, end, whole))
+        if len(pieces) > _MOST_PIECES:
+            return None
+        outs = []
+        for start, end, whole in pieces:
+            part = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+            mask = Mask() if whole else Mask((Causal(),))
+            kernel = self._kernel(*part, start, self._grad(*part), mask)
+            if kernel.backend == "reference":
+                return None
+            outs.append(kernel.run(*part)[0])
+        return torch.cat(outs, dim=2)
+
+    @staticmethod
+    def _grad(*tensors: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def _first_seen(self, new: int, keys: int) -> int | None:
         """The first key that a single new token sees, all later ones being seen too, else None."""
@@ -185,18 +270,23 @@ class Fused(Keep):
         dropped = self.training and bool(self.site.dropout)
         if not (whole and plain and relative) or need_weights or dropped or not self._masks_alone():
             raise packing.CannotPackError
-        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        kernel = self._kernel(q, k, v, 0, grad)
+        kernel = self._kernel(q, k, v, 0, self._grad(q, k, v))
         if v.dtype not in _DTYPES or kernel.backend == "reference":
             raise packing.CannotPackError
         out: torch.Tensor = kernel.run(q, k, v, cu_seqlens=cu_seqlens)[0]
         return out
 
     def _kernel(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offset: int, grad: bool
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        offset: int,
+        grad: bool,
+        mask: Mask | None = None,
     ) -> Kernel:
         spec = _spec(
-            self.site.mask.without_padding(),
+            self.site.mask.neutral() if mask is None else mask,
             k.shape[-1],
             v.shape[-1],
             self.site.scale,
@@ -227,17 +317,21 @@ class Fused(Keep):
             return str(error)
         if valid is None:
             return None
-        lengths = valid.sum(-1, dtype=torch.int32)
-        steps = torch.arange(new, device=valid.device)
-        if bool((valid == (steps < lengths[:, None])).all()):
-            return lengths
+        if _on_the_right(valid):
+            return valid.sum(-1, dtype=torch.int32)
         return "the padding is not on the right"
 
     def _masks_alone(self) -> bool:
         """Whether the site's predicate holds without a mask tensor, as `keep` runs it then."""
         causal = self.site.kind == "causal"
         flag = self.site.causal_flag or (causal and self.site.spelling == "sdpa")
-        return flag or not self.site.mask.without_padding().atoms
+        return not self.site.mask.given and (flag or not self.site.mask.without_padding().atoms)
+
+
+def _on_the_right(valid: torch.Tensor) -> bool:
+    """Whether all padding of (B, N) is at the end of each row."""
+    steps = torch.arange(valid.shape[-1], device=valid.device)
+    return bool((valid == (steps < valid.sum(-1, keepdim=True))).all())
 
 
 def _can_wait(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: int) -> bool:

@@ -123,7 +123,8 @@ class Keep(Mixer):
                 scores = torch.tanh(scores / step.cap) * step.cap
             elif isinstance(step, AddTerm):
                 term = _columns(terms[step.index], k.shape[-2])
-                scores = scores if term is None else scores + term
+                if term is not None:
+                    scores = torch.add(scores, term, alpha=step.factor)
             elif isinstance(step, FillTerm):
                 term = _columns(terms[step.index], k.shape[-2])
                 if term is not None:
