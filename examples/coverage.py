@@ -29,6 +29,8 @@ def cases(modes: Iterable[str], dtypes: Iterable[str], shapes: Iterable[str]) ->
         for family in FAMILIES.values():
             if mode == "training" and not family.training:
                 continue
+            if dtype == "bfloat16" and not family.half:
+                continue
             for attention in family.implementations:
                 yield Case(family.name, attention, mode, dtype, shape)
 
@@ -59,39 +61,64 @@ def markdown(rows: Iterable[Row]) -> str:
         "# Coverage",
         "",
         "Every family as a tiny random model, captured and matched in each attention",
-        "implementation, mode and dtype it offers. What is there was written down by hand and is",
-        "held against the softmaxes counted while the model runs (`examples/zoo`). `fused` is the",
-        "number of patterns that Inductor's `fuse_attention` replaces in the eager inference",
-        "graph. Made by `python examples/coverage.py`; the cases are in `coverage.json`.",
+        "implementation, mode and dtype it offers, with dynamic shapes and with static ones. What",
+        "is there was written down by hand and is held against the softmaxes counted while the",
+        "model runs (`examples/zoo`). `fused` is the number of patterns that Inductor's",
+        "`fuse_attention` replaces in the eager inference graph; MLP blocks are looked for in",
+        "the cases that say how many there are. Made by `python examples/coverage.py`; the cases",
+        "are in `coverage.json`.",
         "",
         f"{len(table)} families, {len(everything)} cases: "
-        f"{sum(r.found for r in everything)} of {sum(r.expected for r in everything)} attention "
-        f"blocks found, {sum(r.right for r in everything)} with every fact right, "
-        f"{sum(r.false for r in everything)} false matches, "
-        f"{sum(r.refused for r in everything)} look-alikes refused with their reason; "
+        f"{_sum(everything, 'found')} of {_sum(everything, 'expected')} attention "
+        f"blocks found, {_sum(everything, 'right')} with every fact right, "
+        f"{_sum(everything, 'false')} false matches, "
+        f"{_sum(everything, 'refused')} look-alikes refused with their reason; "
+        f"{_sum(everything, 'mlps_right')} of {_sum(everything, 'mlps')} MLP blocks found with "
+        f"the right activation, {_sum(everything, 'mlps_false')} false; "
         f"{sum(not r.wrong for r in everything)} cases are wholly as they should be.",
         "",
-        "| family | cases | attention blocks | found | facts right | false | refused | fused |",
-        "|---|---|---|---|---|---|---|---|",
+        "| attention | mode | dtype | shapes | cases | found | facts right | false | MLPs right |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for r in everything:
+        kind = (r.case.attention, r.case.mode, r.case.dtype, r.case.shapes)
+        kinds.setdefault(kind, []).append(r)
+    for kind, group in sorted(kinds.items()):
+        out.append(
+            f"| {' | '.join(kind)} | {len(group)} | "
+            f"{_sum(group, 'found')} of {_sum(group, 'expected')} | {_sum(group, 'right')} | "
+            f"{_sum(group, 'false')} | {_sum(group, 'mlps_right')} of {_sum(group, 'mlps')} |"
+        )
+    out += [
+        "",
+        "| family | cases | attention blocks | found | facts right | false | refused | fused "
+        "| MLP blocks | right |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, group in table.items():
-        site = max(r.expected for r in group)
-        share = [
-            "all"
-            if all(getattr(r, f) == r.expected for r in group)
-            else f"{sum(getattr(r, f) for r in group)} of {sum(r.expected for r in group)}"
-            for f in ("found", "right")
-        ]
         fused = [r.fused for r in group if r.fused >= 0]
         out.append(
-            f"| {name} | {len(group)} | {site} | {share[0]} | {share[1]} | "
-            f"{sum(r.false for r in group)} | {max(r.refused for r in group)} | "
-            f"{max(fused) if fused else '-'} |"
+            f"| {name} | {len(group)} | {max(r.expected for r in group)} | "
+            f"{_share(group, 'found', 'expected')} | {_share(group, 'right', 'expected')} | "
+            f"{_sum(group, 'false')} | {max(r.refused for r in group)} | "
+            f"{max(fused) if fused else '-'} | {max(0, *(r.mlps for r in group))} | "
+            f"{_share(group, 'mlps_right', 'mlps')} |"
         )
     notes = [f"- `{r.case.key}`: {w}" for r in everything for w in r.wrong]
     if notes:
         out += ["", "## What is not as it should be", "", *notes]
     return "\n".join(out) + "\n"
+
+
+def _sum(rows: Iterable[Row], name: str) -> int:
+    return sum(max(getattr(r, name), 0) for r in rows)  # -1: not counted
+
+
+def _share(rows: list[Row], part: str, whole: str) -> str:
+    if all(getattr(r, part) == getattr(r, whole) for r in rows):
+        return "all"
+    return f"{_sum(rows, part)} of {_sum(rows, whole)}"
 
 
 def main() -> None:

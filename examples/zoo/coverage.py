@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ import torch
 from rewriter.ir.site import AttentionSite
 from rewriter.passes.capture import Captured, capture
 from rewriter.passes.match import match
+from rewriter.passes.match.mlp import match_mlps
 from zoo.family import Attention, Family, enliven
+from zoo.mlps import MLPS
 from zoo.oracle import count_softmaxes
 
 
@@ -43,6 +45,9 @@ class Row:
         refused: near misses, each with the reason that is true of it.
         wrong: what differs, in words; empty if the case is as it should be.
         fused: patterns that Inductor replaced in the same graph, -1 where not counted.
+        mlps, mlps_right: MLP blocks that are there, and those found with kind, activation, hidden
+            channels and down projection right; -1 where they were not looked for.
+        mlps_false: blocks found that are none of the model's.
     """
 
     case: Case
@@ -54,6 +59,9 @@ class Row:
     refused: int
     wrong: tuple[str, ...] = ()
     fused: int = -1
+    mlps: int = -1
+    mlps_right: int = -1
+    mlps_false: int = 0
 
     def to_json(self) -> dict[str, Any]:
         out = asdict(self)
@@ -67,7 +75,7 @@ class Row:
         return cls(Case(*(data[n] for n in names)), **rest)
 
 
-def measure(case: Case, family: Family, count_fused: bool = False) -> Row:
+def measure(case: Case, family: Family, count_fused: bool = False, with_mlps: bool = True) -> Row:
     """Build, capture and match one case, and compare with what the zoo says about it."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -86,8 +94,11 @@ def measure(case: Case, family: Family, count_fused: bool = False) -> Row:
     if not isinstance(captured, Captured):
         told = bool(family.untraceable) and family.untraceable in captured.reason
         wrong = () if told else (f"not captured: {captured.reason}",)
-        return Row(case, softmaxes, len(family.sites), 0, 0, 0, int(told), wrong)
-    return _compare(case, family, captured, softmaxes, count_fused)
+        row = Row(case, softmaxes, len(family.sites), 0, 0, 0, int(told), wrong)
+        mlps = len(MLPS.get(family.name, ()))
+        return replace(row, mlps=mlps, mlps_right=0) if with_mlps else row
+    row = _compare(case, family, captured, softmaxes, count_fused)
+    return _with_mlps(row, captured) if with_mlps else row
 
 
 def _compare(
@@ -126,6 +137,33 @@ def _compare(
         len(reasons),
         tuple(wrong),
         fused_patterns(captured) if count_fused else -1,
+    )
+
+
+def _with_mlps(row: Row, captured: Captured) -> Row:
+    """The same row with what is found of the family's MLP blocks."""
+    expected = MLPS.get(row.case.family, ())
+    result = match_mlps(captured)
+    left = [(e.down, e.activation, 1.0, e.kind, e.hidden) for e in expected]
+    wrong: list[str] = [f"MLP refused: {m.reason}" for m in result.misses]
+    right = false = 0
+    for item in result.matches:
+        site = item.site
+        activation = site.activation
+        facts = (site.down.weight, activation.name, activation.scale, site.kind, site.hidden)
+        if facts in left:
+            left.remove(facts)
+            right += 1
+        else:
+            false += site.down.weight not in {e.down for e in expected}
+            wrong.append(f"MLP found as {facts}")
+    wrong += [f"MLP not found: {facts}" for facts in left]
+    return replace(
+        row,
+        mlps=len(expected),
+        mlps_right=right,
+        mlps_false=false,
+        wrong=(*row.wrong, *wrong),
     )
 
 

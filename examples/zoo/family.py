@@ -63,6 +63,7 @@ class Family:
         refused: what else runs a softmax or an attention operator, as part of the reason that must
             be given for it, in order: routers, pooling, sparse attention in blocks.
         training: the model can be captured in training mode.
+        half: the model runs in bfloat16.
         untraceable: part of the reason why the family cannot be captured at all, or "".
         silent: attention that calls no softmax: written with exponentials.
     """
@@ -74,6 +75,7 @@ class Family:
     implementations: tuple[str, ...] = BOTH
     refused: tuple[str, ...] = ()
     training: bool = True
+    half: bool = True
     untraceable: str = ""
     silent: int = 0
 

@@ -224,5 +224,6 @@ SEQUENCES: tuple[Family, ...] = (
         (),
         EAGER,
         ("", "", ""),
+        half=False,  # Fourier transforms
     ),
 )

@@ -37,6 +37,8 @@ def test_the_table_has_no_false_match_and_misses_nothing() -> None:
         assert row.false == 0, key
         assert row.wrong == (), key
         assert row.case.family in untraceable or row.right == row.found == row.expected, key
+        assert not row.mlps_false, key
+        assert row.case.family in untraceable or row.mlps_right == row.mlps, key
 
 
 @pytest.mark.parametrize(
@@ -45,5 +47,5 @@ def test_the_table_has_no_false_match_and_misses_nothing() -> None:
 def test_the_table_is_what_is_measured(key: str) -> None:
     row = TABLE[key]
     assert row.case == Case(*key.split("/"))
-    now = measure(row.case, FAMILIES[row.case.family])
+    now = measure(row.case, FAMILIES[row.case.family], with_mlps=row.mlps >= 0)
     assert {**now.to_json(), "fused": row.fused} == row.to_json()
