@@ -27,6 +27,9 @@ from rewriter.ir.mask import (
 _EVIDENCE = 3
 """Pairs that an atom hides and no other: those of the first two cut rows of a window."""
 
+_LARGE, _ENDS, _ROWS = 1 << 18, 48, 512
+"""Pairs above which rows are left out at first, rows kept at each end, rows compared at once."""
+
 HIDDEN = -1e4
 """Additive values at or below this hide a key: models use -1e4, the dtype's least, or -inf."""
 
@@ -49,6 +52,24 @@ class Evaluated:
         """All positions 0, 1, 2, ... of (Nq, Nk)."""
         return cls(allowed, torch.arange(allowed.shape[0]), torch.arange(allowed.shape[1]))
 
+    def thinned(self) -> Evaluated:
+        """Fewer rows of a large one: enough to choose atoms by, which `shows` then confirms."""
+        rows = self.allowed.shape[0]
+        if self.allowed.numel() <= _LARGE:
+            return self
+        at = {
+            *range(min(_ENDS, rows)),
+            *range(max(rows - _ENDS, 0), rows),
+            *range(0, rows, max(rows // _ENDS, 1)),
+        }
+        chosen = torch.tensor(sorted(at))
+        return Evaluated(self.allowed[chosen], self.queries[chosen], self.keys)
+
+    def shows(self, mask: Mask) -> bool:
+        """Whether a mask is this evaluation, pair by pair."""
+        pieces = zip(self.allowed.split(_ROWS), self.queries.split(_ROWS), strict=True)
+        return all(torch.equal(mask.dense(at, self.keys), part) for part, at in pieces)
+
 
 def split_additive(term: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(allowed, finite part) of an additive term; the finite part is 0 where a key is hidden."""
@@ -64,6 +85,7 @@ def fit(evaluations: Sequence[Evaluated], constants: Iterable[int] = ()) -> Mask
     """
     if all(bool(e.allowed.all()) for e in evaluations):
         return Mask()
+    whole, evaluations = evaluations, [e.thinned() for e in evaluations]
     known = [_Known(a, evaluations) for a in _candidates(evaluations, constants)]
     known = [k for k in known if k.implied and k.hides]
     kept = list(known)
@@ -76,7 +98,8 @@ def fit(evaluations: Sequence[Evaluated], constants: Iterable[int] = ()) -> Mask
     kept.reverse()
     if not all(_shown(item, kept, evaluations) for item in kept):
         return None
-    return Mask(tuple(k.atom for k in kept))
+    mask = Mask(tuple(k.atom for k in kept))
+    return mask if all(e.shows(mask) for e in whole) else None
 
 
 class _Known:

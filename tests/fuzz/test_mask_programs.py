@@ -77,6 +77,7 @@ class Masked(nn.Module):
         self.spelling = spelling
         self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
         self.register_buffer("ones", torch.ones(320, 320).tril())
+        self.register_buffer("band", torch.ones(600, 600).tril().triu(-99).bool())
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
@@ -93,6 +94,8 @@ class Masked(nn.Module):
         elif self.spelling == "again":
             p = s.softmax(-1) * keep
             p = p / p.sum(-1, keepdim=True)
+        elif self.spelling == "table":
+            p = s.masked_fill(~self.band[:n, :n], -math.inf).softmax(-1)
         elif self.spelling == "product":
             p = (s * keep).softmax(-1)
         elif self.spelling == "late":
@@ -118,6 +121,11 @@ def test_products_and_differences_that_are_masks(tracer, spelling, step):
     (item,) = match(tracer.capture(Masked(spelling), (torch.randn(2, 12, 8),))).matches
     assert item.site.mask.describe() == "causal"
     assert item.site.score[-1] == step
+
+
+def test_a_window_that_only_a_kept_table_knows(tracer):
+    (item,) = match(tracer.capture(Masked("table"), (torch.randn(2, 12, 8),))).matches
+    assert item.site.mask.describe() == "causal & window(100)"
 
 
 @pytest.mark.parametrize("spelling", ["product", "late", "half blend", "of the scores"])
