@@ -67,8 +67,10 @@ class Evaluated:
 
     def shows(self, mask: Mask) -> bool:
         """Whether a mask is this evaluation, pair by pair."""
-        pieces = zip(self.allowed.split(_ROWS), self.queries.split(_ROWS), strict=True)
-        return all(torch.equal(mask.dense(at, self.keys), part) for part, at in pieces)
+        pieces = [slice(at, at + _ROWS) for at in range(0, self.allowed.shape[0], _ROWS)]
+        return all(
+            torch.equal(mask.dense(self.queries[p], self.keys), self.allowed[p]) for p in pieces
+        )
 
 
 def split_additive(term: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from rewriter.ir.site import AddTerm, FillTerm
 from rewriter.passes.fuzz import campaign
+from rewriter.passes.fuzz.mask_conditions import Condition
 from rewriter.passes.fuzz.mask_programs import (
-    Condition,
     Predicate,
     Program,
     arguments,
