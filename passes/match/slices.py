@@ -108,7 +108,7 @@ def integer_constants(part: Slice, view: View) -> tuple[int, ...]:
         for item in (*node.args, *node.kwargs.values()):
             if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
-            if op(node).endswith("_shift") and 0 < item < 24:
+            if "shift" in op(node) and 0 < item < 24:
                 item = 2**item
             elif 0 < abs(item) < 1:  # x * (1 / 32) instead of x // 32
                 item = round(1 / item)

@@ -57,6 +57,14 @@ def test_a_wrong_reading_would_be_noticed(tracer):
     assert verdict.answer == "wrong"
 
 
+def test_chunks_cut_by_shifting_bits(tracer):
+    wide = Condition(
+        "chunk 64", (lambda i, j, g: i // 64 == j // 64, lambda i, j, g: (i >> 6) == (j >> 6))
+    )
+    verdict = judge(Predicate((("and", wide, 1),), "sdpa"), tracer.capture)
+    assert (verdict.answer, verdict.said) == ("right", "chunk(64)")
+
+
 def test_arguments_fit_the_program():
     for predicate in predicates(20, 1):
         assert Program(predicate)(*arguments(predicate)).isfinite().all()
