@@ -173,7 +173,7 @@ def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
     main = leading[0]
     term = pair[1] if main is pair[0] else pair[0]
     if main is pair[1] and (alpha != 1 or op(node) == "sub"):
-        return Refusal("the scores are added to something with a factor", node)
+        return Refusal("something is subtracted from the scores", node)
     refusal = walk.join(node, term, main)
     if refusal is None:
         walk.factors[node] = -float(alpha) if op(node) == "sub" else float(alpha)
@@ -240,7 +240,7 @@ def _sub(walk: _Walk, node: fx.Node) -> Refusal | None:
     if not isinstance(node.args[1], fx.Node):
         return _shift(walk, node, [operand(node)])
     if not isinstance(node.args[0], fx.Node):
-        return Refusal("the scores are subtracted from a constant", node)
+        return Refusal("something is subtracted from the scores", node)
     shift = strip(node.args[1])
     if op(shift) == "getitem":
         shift = operand(shift)
