@@ -261,9 +261,10 @@ def test_state_and_cost_formulas(name: str) -> None:
     assert spec.bounded
     assert not spec.croppable
     assert TOKENS not in spec.bytes().free_symbols
-    flops = [cls.flops(site, options).subs(bindings(site, 1, n)) for n in (4096, 8192)]
+    flops = [cls.flops(site, options).subs(bindings(site, 1, n)) for n in (4096, 8192, 12288)]
     assert all(isinstance(f, sympy.Integer) and f > 0 for f in flops)
-    assert flops[1] == 2 * flops[0]  # linear in the length
+    # Linear in the length behind the first tokens, which see less than a whole window.
+    assert flops[2] - flops[1] == flops[1] - flops[0] >= flops[0]
 
 
 @pytest.mark.parametrize("name", CAUSAL_KINDS)

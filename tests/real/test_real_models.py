@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "hedgehog": {},
     "hedgehog_window": {"window": 16, "sinks": 4, "initial_log_ratio": -2.0},
 }
+OWN_PRECISION = {"hedgehog", "hedgehog_window"}  # states in float32, whatever the model is in
 
 
 def apply(model: Any, found: Inspection, mixer: str, options: dict[str, Any]) -> Any:
@@ -93,8 +95,17 @@ UNTRAINED = pytest.mark.xfail(
 def test_prefill_and_decode_equal_the_full_forward(
     mixer: str, smollm2: Any, smollm2_found: Inspection
 ) -> None:
-    worst, _ = decode_difference(smollm2, smollm2_found, mixer)
-    assert worst <= 1e-4
+    worst, largest = decode_difference(smollm2, smollm2_found, mixer)
+    # In float32 the full forward itself is 2e-4 away from float64 at logits of 33.
+    assert worst <= (1e-4 if mixer in OWN_PRECISION else 1e-5 * largest)
+
+
+@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"hedgehog"} - OWN_PRECISION))
+def test_prefill_and_decode_are_one_function(
+    mixer: str, smollm2: Any, smollm2_found: Inspection
+) -> None:
+    worst, _ = decode_difference(smollm2, smollm2_found, mixer, torch.float64)
+    assert worst <= 1e-9
 
 
 def test_untrained_linear_layers_decode_within_the_largest_logit(
@@ -104,9 +115,13 @@ def test_untrained_linear_layers_decode_within_the_largest_logit(
     assert worst <= 1e-4 * largest
 
 
-def decode_difference(smollm2: Any, smollm2_found: Inspection, mixer: str) -> tuple[float, float]:
+def decode_difference(
+    smollm2: Any, smollm2_found: Inspection, mixer: str, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
     """Largest logit difference of cached runs from the full forward, and the largest logit."""
     student = apply(smollm2, smollm2_found, mixer, MIXERS[mixer])
+    if dtype != torch.float32:
+        student = copy.deepcopy(student).to(dtype)  # its parameters are the fixture's
     ids = tokens(smollm2, 1, 72)
     worst = 0.0
     with torch.no_grad():
