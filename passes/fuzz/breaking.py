@@ -277,7 +277,10 @@ def _values_from_probabilities(p: Any, v: Laid, w: Laid) -> Laid:
 
 def _values_normalised(p: Any, v: Laid, w: Laid) -> Laid:
     whole = w.unfold(p.spec.heads).ungrouped().to("bhnm").data.sum((1, 2))
-    return v.of(v.data * v.aligned(whole[: v.data.shape[0]], "bm"))
+    if "f" in v.letters:  # every head of a row
+        heads = p.spec.kv_heads if v.size("f") != p.spec.heads * whole.shape[0] else p.spec.heads
+        return v.of(v.data * v.aligned(whole.repeat_interleave(heads, 0), "fm"))
+    return v.of(v.data * v.aligned(whole, "bm"))
 
 
 VALUES = table(

@@ -179,16 +179,28 @@ def scores_like(tensor: torch.Tensor, operand: Operand, sizes: Mapping[str, int]
     """A term as it broadcasts against (batch, head, query, key)."""
     if ("batch", "head") in operand.layout.dims:
         return unflatten(tensor, 0, (-1, sizes["head"]))
-    if tensor.dim() == 5:
-        return tensor.expand(-1, sizes["kv_head"], sizes["group"], -1, -1).flatten(1, 2)
     if tensor.dim() < 4:
         return tensor
     names = [d[0] if d else "" for d in operand.layout.dims]
+    if tensor.dim() == 5:  # the equation decides where the groups stand
+        return grouped(tensor, names, sizes)
     head = names.index("head") if "head" in names else None
     tokens = [d for d, x in enumerate(names) if x == "token"]
     rest = [d for d in range(4) if d != head and d not in tokens]  # batch, then size-1 dimensions
     order = [rest.pop(0), rest.pop(0) if head is None else head, *rest, *tokens]
     return tensor.permute(order)
+
+
+def grouped(tensor: torch.Tensor, names: list[str], sizes: Mapping[str, int]) -> torch.Tensor:
+    """(batch, head, query, key) from any order of five; a dimension of size 1 has no name."""
+    tokens = [d for d, name in enumerate(names) if name == "token"]
+    pair = (1, sizes["head"]) if "head" in names else (sizes["kv_head"], sizes["group"])
+    first, second = ("kv_head", "head" if "head" in names else "group")
+    rest = iter(d for d, name in enumerate(names) if not name)
+    order = [
+        names.index(name) if name in names else next(rest) for name in ("batch", first, second)
+    ]
+    return tensor.permute([*order, *tokens]).expand(-1, *pair, -1, -1).flatten(1, 2)
 
 
 def canonical(tensor: torch.Tensor, operand: Operand, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rewriter.ir.mask import CausalOrGroup, Documents, Mask
+from rewriter.ir.given import has_labels, labels_of
+from rewriter.ir.mask import CausalOrGroup, Mask
 from rewriter.passes.capture import Captured
 from rewriter.passes.fuzz.mask_conditions import (
     Condition,
     Given,
     Tensor,
     block_causal,
-    both,
     causal,
     chunk,
     dilated,
@@ -212,7 +212,7 @@ def _differs(predicate: Predicate, mask: Mask, marked: int) -> int | None:
         for seed in range(3 if predicate.given else 1):
             given = given_for(predicate.given, n, seed)
             true = predicate.allowed(n, given, plain=True)
-            said = _said(mask, n, predicate.given, given, marked)
+            said = _said(mask, n, true, given if predicate.given == "padding" else None, marked)
             if said is None or not _equal(true, said):
                 return n
     return None
@@ -221,23 +221,26 @@ def _differs(predicate: Predicate, mask: Mask, marked: int) -> int | None:
 LENGTHS = (1, 2, 7, 40, 130, 290)
 
 
-def _said(mask: Mask, n: int, kind: Given, given: Tensor | None, marked: int) -> Tensor | None:
-    """(1 or B, N, N) that the description allows for an input; None if it asks for another one."""
+def _said(mask: Mask, n: int, true: Tensor, padding: Tensor | None, marked: int) -> Tensor | None:
+    """(1 or B, N, N) that the description allows; None if it asks for an input there is not.
+
+    Which tokens a document or group holds is read off the mask when a model is called, so here too:
+    the description is right if some partition makes it the mask.
+    """
     steps = torch.arange(n)
     out = mask.dense(steps, steps)[None]
     if mask.padding:
-        if kind != "padding" or given is None:
+        if padding is None:
             return None
-        out = mask.dense(steps, steps, given == marked)[:, 0]
-    for atom in mask.atoms:
-        if isinstance(atom, Documents):
-            if kind != "documents" or given is None:
-                return None
-            out = out & (given[:, :, None] == given[:, None, :])
-        if isinstance(atom, CausalOrGroup):
-            if kind != "prefix" or given is None:
-                return None
-            out = out | both(given == 0)
+        out = mask.dense(steps, steps, padding == marked)[:, 0]
+    if has_labels(mask):
+        allow = true if true.dim() == 3 else true[None]
+        real = torch.ones(allow.shape[:2], dtype=torch.bool)
+        labels = labels_of(mask, allow, real if padding is None else padding == marked)
+        if labels is None:
+            return None
+        same = labels[:, :, None] == labels[:, None, :]
+        out = out | same if any(isinstance(a, CausalOrGroup) for a in mask.atoms) else out & same
     return out
 
 

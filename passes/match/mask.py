@@ -100,6 +100,8 @@ def fit(evaluations: Sequence[Evaluated], constants: Iterable[int] = ()) -> Mask
     kept.reverse()
     if not all(_shown(item, kept, evaluations) for item in kept):
         return None
+    if not all(_crossed(item.atom, evaluations) for item in kept):
+        return None
     mask = Mask(tuple(k.atom for k in kept))
     return mask if all(e.shows(mask) for e in whole) else None
 
@@ -142,6 +144,23 @@ def _shown(item: _Known, kept: Sequence[_Known], evaluations: Sequence[Evaluated
                 alone = alone & other.allowed[at]
         hidden += int(alone.sum())
     return hidden >= _EVIDENCE
+
+
+def _crossed(atom: Atom, evaluations: Sequence[Evaluated]) -> bool:
+    """Whether a pair just past an atom's limit was evaluated.
+
+    Where the next larger distance among all pairs is a much larger one, the limit may lie anywhere
+    between, and the tightest size that fits is a guess.
+    """
+    limit = 0
+    match atom:
+        case Window(size) | WindowOrSinks(size, _):
+            limit = size
+        case WindowOrStride(size, step):
+            limit = size if size % step else size + 1
+        case SymmetricWindow(radius):
+            limit = radius + 1
+    return not limit or any(bool((e.queries[:, None] - e.keys == limit).any()) for e in evaluations)
 
 
 def _candidates(evaluations: Sequence[Evaluated], constants: Iterable[int]) -> Iterator[Atom]:

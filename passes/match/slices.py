@@ -99,6 +99,7 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
 def integer_constants(part: Slice, view: View) -> tuple[int, ...]:
     """Integers that may be window or chunk sizes: of arithmetic, comparisons and small tensors."""
     out: set[int] = set()
+    squared = any(_squares(node) for node in part.nodes)
     for node in part.nodes:
         if node.op == "placeholder":
             out.update(_small_tensor(view.captured.parameter(node.name)))
@@ -114,7 +115,15 @@ def integer_constants(part: Slice, view: View) -> tuple[int, ...]:
                 item = round(1 / item)
             if math.isfinite(item) and float(item).is_integer() and 2 <= abs(item) < _LARGEST:
                 out.add(abs(int(item)))
+    if squared:  # a distance may be compared by its square
+        out |= {math.isqrt(c) for c in out} - {1}
     return tuple(sorted(out))
+
+
+def _squares(node: fx.Node) -> bool:
+    if op(node) in ("pow", "square"):
+        return True
+    return op(node) == "mul" and len(node.args) == 2 and node.args[0] is node.args[1]
 
 
 def _small_tensor(tensor: torch.Tensor | None) -> set[int]:

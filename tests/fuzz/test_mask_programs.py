@@ -10,10 +10,17 @@ from torch import Tensor, nn
 
 from rewriter.ir.site import AddTerm, FillTerm
 from rewriter.passes.fuzz import campaign
-from rewriter.passes.fuzz.mask_conditions import Condition
+from rewriter.passes.fuzz.mask_conditions import (
+    Condition,
+    causal,
+    dilated,
+    given_prefix,
+    local,
+)
 from rewriter.passes.fuzz.mask_programs import (
     Predicate,
     Program,
+    Verdict,
     arguments,
     judge,
     predicates,
@@ -23,6 +30,7 @@ from rewriter.passes.fuzz.program import Recipe
 from rewriter.passes.fuzz.spec import Spec
 from rewriter.passes.fuzz.trace import Tracer
 from rewriter.passes.match import match
+from rewriter.passes.match.mask import Evaluated, fit
 
 DAILY_SEED, NIGHTLY_SEED = 3, 4
 
@@ -49,6 +57,26 @@ def test_random_masks_are_right_or_unknown(tracer):
 @pytest.mark.nightly
 def test_five_hundred_random_masks(tracer):
     assert _judged(tracer, 500, NIGHTLY_SEED).count("right") > 250
+
+
+@pytest.mark.parametrize("radius", [5, 35, 128])
+@pytest.mark.parametrize("apply", ["sdpa", "added"])
+def test_a_distance_compared_by_its_square(tracer, radius, apply):
+    verdict = judge(Predicate((("and", local(radius), 2),), apply), tracer.capture)
+    assert verdict == Verdict("right", f"symmetric_window({radius})")
+
+
+def test_a_limit_between_the_pairs_that_were_tried_is_unknown():
+    near, far = torch.arange(26), torch.tensor([0, 1, 900, 901])
+    seen = [Evaluated((p[:, None] - p).abs() <= 40, p, p) for p in (near, far)]
+    assert fit(seen) is None
+
+
+def test_a_partition_written_with_other_conditions_is_a_partition(tracer):
+    """Causal, or both in the prefix and an even distance apart: groups, as the call shows."""
+    parts = (("and", given_prefix(), 1), ("and", dilated(2), 0), ("or", causal(), 1))
+    verdict = judge(Predicate(parts, "fill"), tracer.capture)
+    assert verdict.answer in ("right", "opaque")
 
 
 def test_a_wrong_reading_would_be_noticed(tracer):
