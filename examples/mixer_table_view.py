@@ -49,7 +49,9 @@ def markdown(done: Mapping[str, Any]) -> str:
         f"{first['perplexity']:.2f}.",
         "Copy: perplexity of a passage that stood 700 tokens before. `duo` and `razor` keep the",
         "heads that `rewriter.planner.head_scores` finds. State, prefill and token: of one layer's",
-        "core (of the original: torch's attention and the cache), fp32, one thread.",
+        "core (of the original: torch's attention and the cache), fp32, one thread; for `duo` and",
+        "`razor` a layer that keeps no whole head, so layers that keep some cost more. The gap of",
+        "`moba` is 0 because its rows of 512 tokens are as long as the blocks that it chooses.",
         "",
         "| mixer | tier | gap, start | fitted | trained | perplexity | copy | "
         "state at 2k, 8k | prefill 2k, 8k | token at 2k, 8k |",
