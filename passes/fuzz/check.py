@@ -194,9 +194,11 @@ def scores_like(tensor: torch.Tensor, operand: Operand, sizes: Mapping[str, int]
 def grouped(tensor: torch.Tensor, names: list[str], sizes: Mapping[str, int]) -> torch.Tensor:
     """(batch, head, query, key) from any order of five; a dimension of size 1 has no name."""
     tokens = [d for d, name in enumerate(names) if name == "token"]
+    if len(tokens) == 1:  # a bias of keys alone; queries stand before keys
+        tokens = [tokens[0] - 1, tokens[0]]
     pair = (1, sizes["head"]) if "head" in names else (sizes["kv_head"], sizes["group"])
     first, second = ("kv_head", "head" if "head" in names else "group")
-    rest = iter(d for d, name in enumerate(names) if not name)
+    rest = iter(d for d, name in enumerate(names) if not name and d not in tokens)
     order = [
         names.index(name) if name in names else next(rest) for name in ("batch", first, second)
     ]

@@ -12,7 +12,8 @@ from rewriter.passes.fuzz.trace import Tracer
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2)])
 @pytest.mark.parametrize("product", ["einsum_hbnm", "matmul"])
-def test_slopes_on_grouped_scores(heads: int, kv_heads: int, product: str) -> None:
+@pytest.mark.parametrize("slopes", ["distance", "position", "from_end"])
+def test_slopes_on_grouped_scores(heads: int, kv_heads: int, product: str, slopes: str) -> None:
     spec = Spec(
         heads=heads,
         kv_heads=kv_heads,
@@ -30,6 +31,6 @@ def test_slopes_on_grouped_scores(heads: int, kv_heads: int, product: str) -> No
         dropout=0.0,
         sinks=False,
     )
-    recipe = Recipe(spec, {"repeat": "grouped", "product": product})
+    recipe = Recipe(spec, {"repeat": "grouped", "product": product, "alibi": slopes})
     verdict = campaign.judge(recipe, Tracer().capture)
     assert verdict.answer == "found", verdict.why
