@@ -3,8 +3,8 @@
     python examples/killed_runs.py --assets assets --kills 10
 
 The demo's hybrid of SmolLM2 is distilled for a few steps of both stages: once without a break, and
-once by processes that are killed (SIGKILL) after a random time, each going on where the last one
-stopped. Compared are the bytes of every parameter. About three minutes.
+once by processes that are killed (SIGKILL) at a random moment after their first checkpoint, each
+going on where the last one stopped. Compared are the bytes of every parameter. About five minutes.
 """
 
 from __future__ import annotations
@@ -43,19 +43,38 @@ def attempt(teacher: torch.nn.Module, rows: Rows, folder: Path | None, result: P
     save_file({n: p.detach().contiguous() for n, p in student.named_parameters()}, result)
 
 
-def in_child(*arguments: object, limit: float | None = None) -> bool:
-    """Run `attempt` in a process of its own; kill it after `limit` seconds. True if it ended."""
+def newest(work: Path) -> str:
+    """Name of the newest checkpoint, '' if there is none."""
+    return max((p.name for p in work.glob("[!.]*")), default="")
+
+
+def in_child(
+    teacher: torch.nn.Module,
+    rows: Rows,
+    folder: Path | None,
+    result: Path,
+    delay: float | None = None,
+) -> bool:
+    """Run `attempt` in a process of its own; True if it ended.
+
+    With a `delay` it is killed so many seconds after it wrote its first checkpoint: wherever it is
+    then, in a step or while it writes.
+    """
+    before = "" if folder is None else newest(folder)
     child = os.fork()
     if child == 0:
-        attempt(*arguments)  # type: ignore[arg-type]
+        attempt(teacher, rows, folder, result)
         os._exit(0)
-    begun = time.monotonic()
+    moved: float | None = None
     while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if limit is not None and time.monotonic() - begun > limit:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return False
-        time.sleep(0.01)
+        if delay is not None and folder is not None:
+            if moved is None and newest(folder) != before:
+                moved = time.monotonic()
+            if moved is not None and time.monotonic() - moved > delay:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return False
+        time.sleep(0.005)
     return True
 
 
@@ -63,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--delay", type=float, default=1.5, help="most seconds a process goes on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked process has no thread pool
@@ -76,17 +96,15 @@ def main() -> None:
         in_child(source.model, rows, None, whole)
         seconds = time.monotonic() - begun
         console.print(f"unbroken run: {seconds:.0f} s")
-        killed = 0
+        killed, work = 0, folder / "work"
         while killed < options.kills:
-            # Shares of what is left, so that the last kill still finds a run to kill.
-            limit = seconds * chance.uniform(0.25, 0.45)
-            if in_child(source.model, rows, folder / "work", resumed, limit=limit):
+            delay = chance.uniform(0.0, options.delay)
+            if in_child(source.model, rows, work, resumed, delay):
                 break
             killed += 1
-            newest = sorted(p.name for p in (folder / "work").glob("[!.]*"))
-            console.print(f"killed after {limit:.1f} s, newest checkpoint: {newest[-1:] or 'none'}")
+            console.print(f"killed {delay:.2f} s after a checkpoint; newest: {newest(work)}")
         if not resumed.exists():
-            in_child(source.model, rows, folder / "work", resumed)
+            in_child(source.model, rows, work, resumed)
         first, second = load_file(whole), load_file(resumed)
     same = first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
     moved = sum(
