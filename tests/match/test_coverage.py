@@ -30,7 +30,7 @@ KNOWN_GAPS = {
     "autoformer/eager/training/float32/dynamic": "its training graph depends on data",
     "detr/eager/training/float32/dynamic": "its training graph depends on data (layer drop)",
     "detr/sdpa/training/float32/dynamic": "the same",
-    "torch-decoder/sdpa/training/float32/dynamic": "the value width of cross attention is read wrong",
+    "torch-decoder/sdpa/training/float32/dynamic": "cross attention: wrong value width",
 }
 """Cases that are not as they should be, each a defect to mend; no other may join them unseen."""
 
