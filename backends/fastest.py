@@ -21,10 +21,10 @@ from rewriter.backends.cache import VARIABLE as CACHE
 from rewriter.backends.cpu import linear as generated
 from rewriter.backends.cpu.target import host_target
 from rewriter.backends.measured import remembered
+from rewriter.backends.ops.choice import VARIABLE, switched_on
 from rewriter.timing import interleaved
 
 Winner = Literal["generated", "stock"]
-ONLY = "ATTENTION_REWRITER_BACKENDS"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # upper ends of the ranges; then one without end
 _WORK = 1e9  # operations of one timed call
 _RUNS = 5
@@ -53,7 +53,7 @@ def seconds(weight: Tensor, rows: int) -> tuple[float, float]:
     """
     top = next((top for top in ROWS if rows <= top), 2 * ROWS[-1])
     N, K = weight.shape
-    where = (os.environ.get(ONLY), os.environ.get(CACHE), generated.precision(weight.dtype))
+    where = (os.environ.get(VARIABLE), os.environ.get(CACHE), generated.precision(weight.dtype))
     threads = torch.get_num_threads()
     return _seconds(weight.dtype, N, K, top, weight.stride(1) != 1, threads, where)
 
@@ -68,8 +68,7 @@ def _seconds(
     threads: int,
     where: tuple[str | None, str | None, str],
 ) -> tuple[float, float]:
-    only = where[0]
-    if only is not None and "cpu" not in {name.strip() for name in only.split(",")}:
+    if not switched_on("cpu", where[0]):
         return math.inf, 0.0
     if min(N, K) == 0 or isinstance(generated.find(dtype), str):
         return math.inf, 0.0

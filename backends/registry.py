@@ -20,12 +20,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from rewriter.backends.generated import GeneratedBackend, kernel
+from rewriter.backends.ops.choice import VARIABLE as VARIABLE
+from rewriter.backends.ops.choice import switched_on
 from rewriter.backends.reference.backend import ReferenceBackend
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.kernels import KernelSpec
 
 GROUP = "attention_rewriter.backends"
-VARIABLE = "ATTENTION_REWRITER_BACKENDS"
 BUILT_IN = (GeneratedBackend("cpu", "cpu", 10), GeneratedBackend("triton", "cuda", 10))
 Run = Callable[..., Any]
 
@@ -112,15 +113,13 @@ def _resolve(
     backends, broken = _installed_once()
     backends = (*BUILT_IN, *backends)
     if only is not None:
-        allowed = {name.strip() for name in only.split(",")}
-        backends = tuple(b for b in backends if b.name in allowed)
+        backends = tuple(b for b in backends if switched_on(b.name, only))
     return choose(Query(spec, device, dtype, needs_grad), backends, broken)
 
 
 def allowed(name: str) -> bool:
     """Whether the environment leaves a backend switched on."""
-    only = os.environ.get(VARIABLE)
-    return only is None or name in {word.strip() for word in only.split(",")}
+    return switched_on(name, os.environ.get(VARIABLE))
 
 
 def choose(

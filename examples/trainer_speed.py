@@ -8,8 +8,8 @@ loop is a `Trainer` whose `compute_loss` calls both models, once with float32 we
 autocast and once with bfloat16 weights, as published conversion scripts do. Rounds take turns;
 medians over steps, the first step of every round left out.
 
-Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher,
-against the activations of one layer's training step.
+Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher, which
+is the new parameters, their optimiser and the activations of one layer.
 """
 
 from __future__ import annotations
@@ -227,10 +227,9 @@ def memory(teacher: nn.Module, student: nn.Module, rows: Rows, options: argparse
     distill(teacher, student, rows, config)  # what is compiled and cached once is not counted
     grown = peak_during(lambda: distill(teacher, student, rows, config))
     owned = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    everything = 2**-20
     console.print(
-        f"layer by layer: {grown * everything:.0f} MiB over the loaded teacher "
-        f"({owned * everything:.0f} MiB of weights)"
+        f"layer by layer: {grown / 2**20:.0f} MiB over the loaded teacher "
+        f"({owned / 2**20:.0f} MiB of weights)"
     )
 
 

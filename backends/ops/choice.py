@@ -12,6 +12,12 @@ from typing import Any, Literal
 
 Family = Literal["recurrence", "block_sparse", "decode"]
 GENERATED = ("cpu", "triton")
+VARIABLE = "ATTENTION_REWRITER_BACKENDS"
+
+
+def switched_on(name: str, only: str | None) -> bool:
+    """Whether a backend is among `only`, the value of $ATTENTION_REWRITER_BACKENDS."""
+    return only is None or name in {word.strip() for word in only.split(",")}
 
 
 @lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewriter.backends.cpu import divergence as generated
-from rewriter.backends.fastest import ONLY
+from rewriter.backends.ops.choice import VARIABLE, switched_on
 
 
 def divergence(
@@ -36,12 +36,11 @@ def divergence(
 
 
 def _served(student: Tensor, teacher: Tensor) -> bool:
-    only = os.environ.get(ONLY)
     return (
         student.device.type == "cpu"
         and student.dtype == teacher.dtype
         and student.dtype in generated.NAMES
-        and (only is None or "cpu" in {name.strip() for name in only.split(",")})
+        and switched_on("cpu", os.environ.get(VARIABLE))
         and not isinstance(generated.find(student.dtype), str)
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -111,14 +111,7 @@ class Structure:
 
     def _at_large_size(self, size: int, before: list[masks.Evaluated]) -> masks.Evaluated | str:
         """Evaluate at sampled positions; where the graph does not allow that, at full length."""
-        positions = masks.positions_to_sample([size])
-        for whole in (True, False):
-            try:
-                found = self.evaluated(
-                    [self.prober.probe(t, positions.numel(), positions, whole) for t in self.terms]
-                )
-            except ProbeError:
-                continue
+        for found in self._sampled(size):
             if isinstance(found, masks.Evaluated) and masks.fit([*before, found], [size]):
                 return found
         if size + 2 > _LONGEST:
@@ -137,16 +130,19 @@ class Structure:
 
     def _at_period(self, size: int) -> masks.Evaluated | None:
         """Evaluate around a product of constants, where the graph can be sampled there."""
+        found = next(self._sampled(size), None)
+        return None if isinstance(found, str) else found
+
+    def _sampled(self, size: int) -> Iterator[masks.Evaluated | str]:
+        """Evaluations at positions around a size, in each way that the graph allows."""
         positions = masks.positions_to_sample([size])
         for whole in (True, False):
             try:
-                found = self.evaluated(
+                yield self.evaluated(
                     [self.prober.probe(t, positions.numel(), positions, whole) for t in self.terms]
                 )
             except ProbeError:
                 continue
-            return None if isinstance(found, str) else found
-        return None
 
     def _dense(self, length: int) -> masks.Evaluated | str:
         return self.evaluated([self.prober.probe(t, length) for t in self.terms])

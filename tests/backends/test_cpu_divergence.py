@@ -104,9 +104,9 @@ def test_generated_code_and_torch_agree(
     g = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(20, 333, generator=g).to(dtype) for _ in range(2))
     labels = torch.randint(-1, 333, (20,), generator=g)
-    monkeypatch.setenv(ops.ONLY, "reference")
+    monkeypatch.setenv(ops.VARIABLE, "reference")
     by_torch = ops.divergence(student, teacher, labels, 0.2, 0.3, 8)
-    monkeypatch.delenv(ops.ONLY)
+    monkeypatch.delenv(ops.VARIABLE)
     generated = ops.divergence(student, teacher, labels, 0.2, 0.3, 8)
     torch.testing.assert_close(generated[0], by_torch[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(
