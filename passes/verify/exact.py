@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,33 +17,60 @@ from rewriter.passes.verify.compare import max_difference, tensors_of
 
 _NOISE = 1e-2  # share of the largest gradient of a module below which one counts as this large
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+HALF = (torch.bfloat16, torch.float16)
 
 
 def check_exact(
     original: nn.Module, rewritten: nn.Module, targets: Sequence[Target], examples: Examples
 ) -> Iterator[ContractResult]:
-    """Outputs and gradients (input and weights) of each distinct exact owner, in two shapes."""
+    """Outputs and gradients (input and weights) of each distinct exact owner, in two shapes.
+
+    Held against the original. In half precision both round, so both are held against the original
+    run in fp32, and ours may be off by the bound, or by twice what the original is off by.
+    """
     seen: set[str] = set()
+    dtype = next(original.parameters()).dtype
+    bound = BOUND.get(dtype, 1e-2)
     for target in targets:
-        key = target.site.fingerprint or target.site.fqn
+        fqn = target.site.fqn
+        key = target.site.fingerprint or fqn
         if key in seen:
             continue
         seen.add(key)
+        theirs, ours = original.get_submodule(fqn), rewritten.get_submodule(fqn)
+        precise = copy.deepcopy(theirs).float() if dtype in HALF else None
         worst = 0.0
         for call in (examples.primary, examples.resized):
-            for observed in observe(original, [target.site.fqn], call)[target.site.fqn]:
-                ours = rewritten.get_submodule(target.site.fqn)
-                theirs = original.get_submodule(target.site.fqn)
+            for observed in observe(original, [fqn], call)[fqn]:
                 a, b = _gradients(ours, observed.named), _gradients(theirs, observed.named)
-                # A gradient may be 0 by symmetry (of a bias of the keys, which softmax does not
-                # see) and only rounding left of it: then the others set the scale.
-                floor = _NOISE * max((float(y.float().abs().max()) for y in b[1:]), default=0.0)
-                for number, (x, y) in enumerate(zip(a, b, strict=True)):
-                    scale = max(1e-6, float(y.float().abs().max()), floor if number else 0.0)
-                    worst = max(worst, max_difference(x, y) / scale)
-        dtype = next(original.parameters()).dtype
+                truth = b if precise is None else _gradients(precise, _widened(observed.named))
+                gaps, own = _differences(a, truth), _differences(b, truth)
+                for gap, other in zip(gaps, own, strict=True):
+                    worst = max(worst, gap / max(1.0, 2 * other / bound))
+        detail = "" if precise is None else "held against fp32, as the original's own rounding is"
         check = f"outputs and gradients equal the original ({str(dtype).removeprefix('torch.')})"
-        yield judged(8, check, target.site.fqn, worst, BOUND.get(dtype, 1e-2))
+        yield judged(8, check, fqn, worst, bound, detail)
+
+
+def _differences(found: list[torch.Tensor], truth: list[torch.Tensor]) -> list[float]:
+    """Largest difference of each tensor, relative to its largest value.
+
+    A gradient may be 0 by symmetry (of a bias of the keys, which softmax does not see) and only
+    rounding left of it: then the other gradients set the scale.
+    """
+    largest = [float(y.float().abs().max()) for y in truth]
+    floor = _NOISE * max(largest[1:], default=0.0)
+    scales = [max(1e-6, s, floor if i else 0.0) for i, s in enumerate(largest)]
+    triples = zip(found, truth, scales, strict=True)
+    return [max_difference(x, y) / scale for x, y, scale in triples]
+
+
+def _widened(named: Any) -> Any:
+    def change(_: Any, value: Any) -> Any:
+        wide = isinstance(value, torch.Tensor) and value.dtype in HALF
+        return value.float() if wide else value
+
+    return map_leaves(named, change)
 
 
 def _gradients(owner: nn.Module, named: Any) -> list[torch.Tensor]:

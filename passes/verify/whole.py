@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rewriter.mixers.base import Mixer
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.verify.compare import first_tensor, max_difference
+from rewriter.passes.verify.exact import HALF
 
 BOUND = 1e-4
 LENGTH = 24
@@ -29,7 +31,9 @@ def check_model(
 ) -> Iterator[ContractResult]:
     """Contracts 3 and 4 on the rewritten model itself, for models that take token ids.
 
-    Bounds are relative to the largest output, in the model's dtype (fp32: 1e-4).
+    Bounds are relative to the largest output: 1e-4 in fp32, 2e-2 in half precision. A deep model
+    in half precision is not equal to itself under another schedule, and some models see padding:
+    there the bound is twice what the original itself shows, where that is more.
     """
     if examples.tokens is None:
         detail = "the model does not take token ids"
@@ -38,33 +42,39 @@ def check_model(
     ids = token_ids(examples, 2, LENGTH)
     full = _run(rewritten, ids, examples)
     scale = max(1.0, float(full.abs().max()))
-    low = 200.0 if full.dtype in (torch.bfloat16, torch.float16) else 1.0
-    bound = BOUND * low
+    half = full.dtype in HALF
+    bound = BOUND * (200.0 if half else 1.0)
+
+    def judge(
+        number: int, check: str, ours: float, own: float | None, bound: float
+    ) -> ContractResult:
+        if own is None:
+            return judged(number, check, "model", ours / scale, bound)
+        detail = f"the original model itself: {own / scale:.1e}"
+        return judged(number, check, "model", ours / scale, max(bound, 2 * own / scale), detail)
+
+    def rounding(measure: Callable[[nn.Module], float]) -> float | None:
+        return measure(original) if half else None
+
     refused = undecodable(rewritten)
     if examples.cached and refused is not None:
         yield ContractResult(3, "logits with a cache", "model", "not applicable", detail=refused)
     elif examples.cached:
-        for name, sizes in _splits().items():
-            measured = max_difference(_cached(rewritten, ids, examples, sizes), full) / scale
-            yield judged(
-                3, f"logits with a cache, {name}, = full forward", "model", measured, bound
-            )
+        theirs = rounding(lambda model: max(_drift(model, ids, examples).values()))
+        for name, measured in _drift(rewritten, ids, examples).items():
+            check = f"logits with a cache, {name}, = full forward"
+            yield judge(3, check, measured, theirs, bound)
     if causal:
-        changed = ids.clone()
-        changed[:, LENGTH // 2 :] = (changed[:, LENGTH // 2 :] + 1) % examples.vocabulary
-        after = _run(rewritten, changed, examples)
-        half = slice(0, LENGTH // 2)
-        measured = max_difference(after[:, half], full[:, half]) / scale
-        yield judged(4, "later tokens change no earlier output", "model", measured, bound / 10)
-    measured = max_difference(_run(rewritten, ids[:1], examples), full[:1]) / scale
-    yield judged(4, "batch rows are independent", "model", measured, bound)
+        leak = partial(_leak, ids=ids, examples=examples)
+        check = "later tokens change no earlier output"
+        yield judge(4, check, leak(rewritten), rounding(leak), bound / 10)
+    mixed = partial(_batch_difference, ids=ids, examples=examples)
+    yield judge(4, "batch rows are independent", mixed(rewritten), rounding(mixed), bound)
     if examples.padded is not None:
         for side in ("left", "right"):
-            ours = _padded_difference(rewritten, ids, examples, side) / scale
-            theirs = _padded_difference(original, ids, examples, side) / scale
-            detail = f"the original model itself: {theirs:.1e}"
-            allowed = max(bound, 2 * theirs)
-            yield judged(4, f"{side} padding changes nothing", "model", ours, allowed, detail)
+            seen = partial(_padded_difference, ids=ids, examples=examples, side=side)
+            check = f"{side} padding changes nothing"
+            yield judge(4, check, seen(rewritten), seen(original), bound)
     one = _run(rewritten, ids[:, :1], examples)
     finite = 0.0 if bool(torch.isfinite(one).all()) else float("inf")
     yield judged(4, "length 1 and unseen lengths run", "model", finite, 0.0)
@@ -112,6 +122,28 @@ def _cached(
             outs.append(first_tensor(out))
             at += size
     return torch.cat(outs, dim=1)
+
+
+def _drift(model: nn.Module, ids: torch.Tensor, examples: Examples) -> dict[str, float]:
+    """Largest difference of logits, cached against full, by schedule."""
+    full = _run(model, ids, examples)
+    return {
+        name: max_difference(_cached(model, ids, examples, sizes), full)
+        for name, sizes in _splits().items()
+    }
+
+
+def _leak(model: nn.Module, ids: torch.Tensor, examples: Examples) -> float:
+    """How far changing the second half of the tokens moves the outputs of the first."""
+    changed = ids.clone()
+    changed[:, LENGTH // 2 :] = (changed[:, LENGTH // 2 :] + 1) % examples.vocabulary
+    first = slice(0, LENGTH // 2)
+    before, after = _run(model, ids, examples), _run(model, changed, examples)
+    return max_difference(after[:, first], before[:, first])
+
+
+def _batch_difference(model: nn.Module, ids: torch.Tensor, examples: Examples) -> float:
+    return max_difference(_run(model, ids[:1], examples), _run(model, ids, examples)[:1])
 
 
 def _padded_difference(
