@@ -1,7 +1,7 @@
 """Decoding against llama.cpp: the same 4-bit file, de-quantised here, as it is there.
 
-    pip install llama-cpp-python    # builds llama.cpp, a few minutes
-    python examples/against_llama_cpp.py --assets assets --contexts 4096,8000 --dtype bfloat16
+    python -m venv other && other/bin/pip install llama-cpp-python    # a few minutes
+    python examples/against_llama_cpp.py --python other/bin/python --contexts 4096,8000
 
 SmolLM2, batch 1, greedy. Each model's cache is filled with the same random tokens; then rounds of
 tokens are decoded in turn, ours through `generate`. Prints the median number of tokens per second.
@@ -11,8 +11,10 @@ The hybrid's new parameters are not trained: that changes what it says, not how 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -29,36 +31,35 @@ from rewriter.checkpoint import open_checkpoint
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.step import decoding_of
 
-try:
-    import llama_cpp
-except ImportError:
-    raise SystemExit(
-        "this comparison needs llama.cpp, which is no part of this package: "
-        "pip install llama-cpp-python"
-    ) from None
-
 Round = Callable[[], list[float]]  # seconds between tokens
+WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 
 
 class Theirs:
-    """llama.cpp on the quantised file."""
+    """llama.cpp on the quantised file, in a process of its own that waits while ours runs."""
 
-    def __init__(self, gguf: Path, room: int, threads: int) -> None:
-        self.model = llama_cpp.Llama(
-            str(gguf), n_ctx=room, n_threads=threads, n_threads_batch=threads, n_batch=1024,
-            n_ubatch=512, verbose=False,
-        )  # fmt: skip
+    def __init__(self, python: str, gguf: Path, room: int, threads: int) -> None:
+        self.process = subprocess.Popen(
+            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        opened = self._ask(open=str(gguf), room=room, threads=threads)
+        self.version = str(opened["version"])
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"llama.cpp's process ended with code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def fill(self, tokens: list[int]) -> None:
-        self.model.eval(tokens[self.model.n_tokens :])
+        self._ask(fill=tokens)
 
     def round(self, new: int) -> list[float]:
-        times = []
-        for _ in range(new):
-            began = time.perf_counter()
-            self.model.eval([self.model.sample(temp=0.0)])
-            times.append(time.perf_counter() - began)
-        return times[1:]
+        return list(self._ask(round=new)["seconds"])
 
 
 class Ours:
@@ -95,12 +96,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=16, help="tokens of a round")
     parser.add_argument("--only", default="exact,hybrid", help="begin of the names to time")
+    parser.add_argument("--python", default=sys.executable, help="one with llama-cpp-python")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     gguf = next((options.assets / "smollm2").glob("*.gguf"))
     source = open_checkpoint(gguf, dtype=options.dtype).model
     contexts = [int(n) for n in options.contexts.split(",")]
-    runs: dict[str, Any] = {"llama.cpp": Theirs(gguf, max(contexts) + 512, options.threads)}
+    theirs = Theirs(options.python, gguf, max(contexts) + 512, options.threads)
+    runs: dict[str, Any] = {"llama.cpp": theirs}
     for name, policy in POLICIES.items():
         if name.startswith(tuple(options.only.split(","))):
             runs[name] = Ours(rewriter.rewrite(source, policy, verify="none"))
@@ -123,8 +126,9 @@ def main() -> None:
     for name, row in rates.items():
         table.add_row(name, *(f"{r:.1f} ({r / f:.2f}x)" for r, f in zip(row, first, strict=True)))
     console = Console()
-    version = llama_cpp.__version__
-    console.print(f"{this_machine().describe()}, {options.dtype}, {gguf.name}, binding {version}")
+    console.print(
+        f"{this_machine().describe()}, {options.dtype}, {gguf.name}, binding {theirs.version}"
+    )
     console.print(table)
     for name, run in runs.items():
         if isinstance(run, Ours):

@@ -58,7 +58,7 @@ _FINITE = frozenset(
 _PICKS = frozenset({"gather", "index", "index_select", "take_along_dim"})
 """They read what they pick from; which entries they pick changes no bound."""
 
-_ENDS = frozenset({"layer_norm", "rms_norm", "conv1d", "conv2d", "embedding"})
+_ENDS = frozenset({"layer_norm", "rms_norm", "conv1d", "conv2d"})
 _BOUND = -HIDDEN
 
 
@@ -96,6 +96,10 @@ def _walk(term: fx.Node, view: View) -> tuple[bool, bool] | None:
                 return None
             if not known.is_meta and known.numel() and float(known.detach().abs().max()) >= _BOUND:
                 return None
+            continue
+        if op(node) == "embedding":
+            stack.append(node.all_input_nodes[0])  # the table may hide what is far away
+            activations = activations or depends_on_input(node, view)
             continue
         if view.linear(node) is not None or op(node) in _ENDS:
             activations = activations or depends_on_input(node, view)

@@ -29,6 +29,9 @@ DENSE = 300
 _LONGEST = 5000
 """Full evaluation where sampling is not possible: 25 million pairs."""
 
+_SAME = frozenset({"contiguous", "clone", "alias", "detach", "to", "_to_copy"})
+"""Copies and casts: they hide what their input hides."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -40,16 +43,23 @@ class Structure:
 
     @cached_property
     def parts(self) -> tuple[Slice, ...]:
-        """What may hide: a term without the addends that are bounded whatever the length."""
+        """What may hide: a term without addends and branches bounded whatever the length."""
         out: list[Slice] = []
-        stack = [t.part.target for t in self.terms if t.fill is None]
-        out += [t.part for t in self.terms if t.fill is not None]
         view = self.prober.view
+        terms = [t.part.target for t in self.terms if t.fill is None]
+        stack = [n for n in terms if not is_bounded(n, view)]
+        out += [t.part for t in self.terms if t.fill is not None]
         while stack:
             node = stack.pop()
             addends = [n for n in node.all_input_nodes if value(n) is not None]
             if op(node) == "add" and len(addends) == 2:
                 stack.extend(n for n in addends if not is_bounded(n, view))
+            elif op(node) in _SAME and len(addends) == 1:
+                stack.append(addends[0])
+            elif op(node) == "where" and len(addends) > 1:
+                condition, *branches = addends
+                stack.append(condition)
+                stack.extend(n for n in branches if not is_bounded(n, view))
             else:
                 out.append(slice_of(node, view))
         return tuple(out)

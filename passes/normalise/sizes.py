@@ -6,14 +6,28 @@ no static size of a model shares a factor with a batch or sequence symbol.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import combinations
+
 import sympy
 import torch
 from torch import fx
 
-from rewriter.passes.normalise.ops import value
+from rewriter.passes.normalise.ops import op, value
 from rewriter.passes.torch_private import symbolic_expression
 
 _FIRST = 1_000_003
+
+
+def _told(graph: fx.Graph) -> Iterator[tuple[sympy.Expr, int]]:
+    """Symbolic sizes that a view asks for as a number: tracing knows less than the model says."""
+    for node in graph.nodes:
+        val = value(node)
+        if op(node) not in ("view", "reshape") or val is None:
+            continue
+        for asked, size in zip(node.args[1], val.shape, strict=True):
+            if isinstance(asked, int) and asked >= 0 and isinstance(size, torch.SymInt):
+                yield symbolic_expression(size), asked
 
 
 class Sizes:
@@ -31,6 +45,15 @@ class Sizes:
         for symbol in sorted(symbols, key=str):
             prime = int(sympy.nextprime(prime))
             self.primes[symbol] = prime
+        for expression, literal in _told(graph):
+            self._identify(expression, literal)
+
+    def _identify(self, expression: sympy.Expr, literal: int) -> None:
+        """Give two symbols one stand-in where the graph says so: 16 * s // t is called 16."""
+        for one, other in combinations(sorted(expression.free_symbols, key=str), 2):
+            same = {**self.primes, one: self.primes[other]}
+            if int(expression.subs(self.primes)) != literal == int(expression.subs(same)):
+                self.primes[one] = self.primes[other]
 
     def number(self, size: int | torch.SymInt) -> int:
         """Stand-in of one size."""

@@ -25,12 +25,9 @@ DAILY = {
 }
 """A single query, a content bias with a mask, a look-alike: spellings that few families share."""
 KNOWN_GAPS = {
-    "t5/eager/inference/float32/static": "the decoder's mask stays opaque at a fixed length",
-    "t5/sdpa/inference/float32/static": "the same",
     "autoformer/eager/training/float32/dynamic": "its training graph depends on data",
     "detr/eager/training/float32/dynamic": "its training graph depends on data (layer drop)",
     "detr/sdpa/training/float32/dynamic": "the same",
-    "torch-decoder/sdpa/training/float32/dynamic": "cross attention: wrong value width",
 }
 """Cases that are not as they should be, each a defect to mend; no other may join them unseen."""
 

@@ -184,3 +184,47 @@ def test_self_and_cross_attention_are_told_apart():
     captured = capture(Cross(), (X, torch.randn(2, 12, 64)))
     assert isinstance(captured, Captured), captured
     assert [m.site.cross for m in match(captured).matches] == [True, False]
+
+
+class Bucketed(Block):
+    """Causal, with a bias of the distance from a table of 32, at a fixed length of 12."""
+
+    def __init__(self, far: float) -> None:
+        super().__init__(sink_behind)
+        self.buckets = nn.Embedding(32, 4)
+        with torch.no_grad():
+            self.buckets.weight[20:] = far
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = (
+            f(x).view(b, n, 4, 16).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )
+        at = torch.arange(n)
+        distance = at[:, None] - at[None, :]
+        bias = self.buckets(distance.clamp(min=0, max=31)).permute(2, 0, 1)[None]
+        bias = torch.where(distance >= 0, bias, torch.finfo(x.dtype).min).contiguous()
+        return nn.functional.scaled_dot_product_attention(q, k, v, bias)
+
+
+@pytest.mark.parametrize(
+    ("far", "mask"),
+    [(0.5, "causal"), (-1e9, "the sequence length was fixed by the capture")],
+)
+def test_a_bias_table_hides_beyond_a_fixed_length_only_if_it_is_large(
+    far: float, mask: str
+) -> None:
+    captured = capture(Bucketed(far), (X,), fixed={"args.0": frozenset({0, 1, 2})})
+    assert isinstance(captured, Captured)
+    site = match(captured).matches[0].site
+    assert (site.mask.opaque or site.mask.describe()) == mask
+
+
+def test_a_view_says_that_two_sizes_are_one() -> None:
+    """Without it, keys of another batch symbol would be 16 * s // t channels wide."""
+    layer = nn.TransformerDecoderLayer(64, 4, 96, dropout=0.1)
+    memory = torch.randn(9, 2, 64)
+    captured = capture(layer.train(), (torch.randn(12, 2, 64), memory))
+    assert isinstance(captured, Captured)
+    widths = [(m.site.heads.key_dim, m.site.heads.value_dim) for m in match(captured).matches]
+    assert widths == [(16, 16), (16, 16)]
