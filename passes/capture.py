@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.ir.site import NearMiss, Source
 from rewriter.passes import torch_private
+from rewriter.passes.finite import FiniteValues
 from rewriter.passes.folding import Folding, folded, unfold
 from rewriter.passes.inline import flatten
 from rewriter.passes.provenance import module_path, normalise_stacks, source_of
@@ -86,6 +87,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     fixed: Mapping[str, frozenset[int]] | None = None,
     resized: Call | None = None,
+    assume_finite: bool = False,
 ) -> Captured | NearMiss:
     """Export `module` on example inputs (non-strict, undecomposed); a NearMiss says why not.
 
@@ -98,6 +100,8 @@ def capture(
         resized: (args, kwargs) of the same call at other sizes. With it, modules that prove to
             compute the same function are traced once (`passes.repeats`), which gives the same
             graph in a fraction of the time.
+        assume_finite: answer branches on `isfinite` as if all values were; for graphs that are
+            read and never run (`passes.finite`).
     """
     kwargs = dict(kwargs or {})
     paths, spec = pytree.tree_flatten_with_path((tuple(args), kwargs))
@@ -110,6 +114,7 @@ def capture(
         cache_switched_off(module),
         torch_private.without_encoder_fast_path(),
         torch_private.quiet_export(),
+        FiniteValues() if assume_finite else nullcontext(),
     ):
         constant = [(fixed or {}).get(name, frozenset()) for name in names]
         groups = repeated(module, [(args, kwargs), resized]) if resized is not None else ()

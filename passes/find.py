@@ -65,7 +65,8 @@ def find(model: nn.Module, examples: Examples, layers: bool = False) -> Inspecti
         layers: time and prove linear layers too (`passes.exact.linears`).
     """
     primary, resized = examples.primary, examples.resized
-    captured = capture(model, primary.args, primary.kwargs, resized=(resized.args, resized.kwargs))
+    again = (resized.args, resized.kwargs)
+    captured = capture(model, primary.args, primary.kwargs, resized=again, assume_finite=True)
     if not isinstance(captured, NearMiss):
         found = _matched(captured)
         return replace(found, linears=tuple(linears.find(captured, model))) if layers else found
@@ -151,7 +152,7 @@ class _Parts:
         module = self.model.get_submodule(path)
         again = self.second[path]
         resized = ((), again[0].named) if again else None
-        captured = capture(module, (), calls[0].named, resized=resized)
+        captured = capture(module, (), calls[0].named, resized=resized, assume_finite=True)
         if isinstance(captured, NearMiss):
             miss = _inside(captured, path)
             return Inspection((), (miss,), whole=miss)

@@ -90,7 +90,7 @@ def measure(case: Case, family: Family, count_fused: bool = False, with_mlps: bo
             for k, v in inputs.items()
             if isinstance(v, torch.Tensor)
         }
-    captured = capture(model, (), inputs, fixed)
+    captured = capture(model, (), inputs, fixed, assume_finite=True)
     if not isinstance(captured, Captured):
         told = bool(family.untraceable) and family.untraceable in captured.reason
         wrong = () if told else (f"not captured: {captured.reason}",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from attention_zoo import ZOO, found, text
@@ -158,3 +160,34 @@ def test_softmax_modules_without_tracing():
 def test_this_torch_is_one_that_was_tried():
     low, high = torch_private.TESTED_TORCH
     assert low <= torch_private.torch_version() < high
+
+
+class Asks(nn.Module):
+    """Clamps its hidden values where `ask` says so."""
+
+    def __init__(self, ask: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.ask = nn.Linear(8, 8), ask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        return x.clamp(-1e4, 1e4) if self.ask(x) else x
+
+
+@pytest.mark.parametrize(
+    ("ask", "captured"),
+    [
+        (lambda x: ~torch.isfinite(x).all(), False),  # another operator in between
+        (lambda x: not torch.isfinite(x).all(), True),
+        (lambda x: torch.isinf(x).any() or x.isnan().any(), True),
+        (lambda x: torch.isnan(x).all(), False),  # not decided by finite values being usual
+        (lambda x: (x > 0).all(), False),
+    ],
+)
+def test_a_branch_on_finite_values_is_read_as_if_they_were(ask, captured: bool) -> None:
+    x = torch.randn(2, 5, 8)
+    assert isinstance(capture(Asks(ask), (x,)), NearMiss)
+    found = capture(Asks(ask), (x,), assume_finite=True)
+    assert isinstance(found, Captured) == captured
+    if isinstance(found, Captured):
+        assert not [n for n in found.graph_module.graph.nodes if "clamp" in n.name]

@@ -26,8 +26,6 @@ DAILY = {
 """A single query, a content bias with a mask, a look-alike: spellings that few families share."""
 KNOWN_GAPS = {
     "autoformer/eager/training/float32/dynamic": "its training graph depends on data",
-    "detr/eager/training/float32/dynamic": "its training graph depends on data (layer drop)",
-    "detr/sdpa/training/float32/dynamic": "the same",
 }
 """Cases that are not as they should be, each a defect to mend; no other may join them unseen."""
 
