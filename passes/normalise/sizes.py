@@ -22,12 +22,13 @@ _FIRST = 1_000_003
 def _told(graph: fx.Graph) -> Iterator[tuple[sympy.Expr, int]]:
     """Symbolic sizes that a view asks for as a number: tracing knows less than the model says."""
     for node in graph.nodes:
-        val = value(node)
-        if op(node) not in ("view", "reshape") or val is None:
-            continue
-        for asked, size in zip(node.args[1], val.shape, strict=True):
-            if isinstance(asked, int) and asked >= 0 and isinstance(size, torch.SymInt):
-                yield symbolic_expression(size), asked
+        val, asked = value(node), node.args[1] if len(node.args) > 1 else None
+        if op(node) not in ("view", "reshape") or val is None or not isinstance(asked, list):
+            continue  # a view may also ask for a dtype
+        for wanted, size in zip(asked, val.shape, strict=True):
+            expression = symbolic_expression(size)
+            if isinstance(wanted, int) and wanted >= 0 and expression.free_symbols:
+                yield expression, wanted
 
 
 class Sizes:

@@ -223,6 +223,7 @@ def test_a_bias_table_hides_beyond_a_fixed_length_only_if_it_is_large(
 def test_a_view_says_that_two_sizes_are_one() -> None:
     """Without it, keys of another batch symbol would be 16 * s // t channels wide."""
     layer = nn.TransformerDecoderLayer(64, 4, 96, dropout=0.1)
+    layer.register_forward_pre_hook(lambda _, args: (args[0].view(torch.float32), *args[1:]))
     memory = torch.randn(9, 2, 64)
     captured = capture(layer.train(), (torch.randn(12, 2, 64), memory))
     assert isinstance(captured, Captured)
