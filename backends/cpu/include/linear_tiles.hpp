@@ -14,26 +14,6 @@ constexpr int BLOCK = 2 * TILE;
 constexpr long PART = 2 * 1024, STEP = PARTS * PART;  // bytes
 constexpr long CHUNK = 24 * 1024 / STEP;              // steps whose tiles of W fit into L1
 
-// A float cut to bf16; what is left of it. Nothing is left of infinities and of what rounds to one.
-static ALWAYS_INLINE vf cut(vf x) {
-    vu u = (vu)x;
-    return (vf)((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
-}
-static ALWAYS_INLINE vf rest_of(vf x) {
-    vf high = cut(x);
-    vi finite = ((vi)high & 0x7f800000) != 0x7f800000;
-    return select(finite, x - high, vf{});
-}
-// 32 bf16 numbers in their order: those of a, then those of b.
-static ALWAYS_INLINE vf in_order(vf a, vf b) {
-#if LANES == 16 && defined(__AVX512BF16__)
-    return (vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-#endif
-    bf16 t[2 * LANES];
-    store(t, a);
-    store(t + LANES, b);
-    return load((const float*)t);
-}
 static ALWAYS_INLINE vf load_some(const io_t* p, long n) {
     return n >= LANES ? load(p) : n > 0 ? load_part(p, int(n)) : vf{};
 }
@@ -49,7 +29,7 @@ static void pack_rows(const Call& c, long m, int rows, long steps, char* to) {
             vf b = load_some(x + s * TILE_K + LANES, left - LANES);
             UNROLL for (int part = 0; part < PARTS; ++part) {
                 store((float*)(row + part * PART), in_order(a, b));
-                if (part + 1 < PARTS) a = rest_of(a), b = rest_of(b);
+                if (part + 1 < PARTS) a = bf16_rest(a), b = bf16_rest(b);
             }
         }
     }
@@ -76,7 +56,7 @@ static void pack_columns(const Call& c, long n, long steps, char* to) {
                         store((float*)(tile + part * PART + i * 64), t[i]);
                     if (part + 1 < PARTS)
                         UNROLL for (int i = 0; i < TILE; ++i)
-                            a[i] = rest_of(a[i]), b[i] = rest_of(b[i]);
+                            a[i] = bf16_rest(a[i]), b[i] = bf16_rest(b[i]);
                 }
                 continue;
             }
@@ -86,7 +66,7 @@ static void pack_columns(const Call& c, long n, long steps, char* to) {
                 vf odd = load_some(w + c.w_k, k0 + 2 * i + 1 < c.K ? c.N - first : 0);
                 UNROLL for (int part = 0; part < PARTS; ++part) {
                     store((int32_t*)(tile + part * PART + i * 64), make_pairs(even, odd));
-                    if (part + 1 < PARTS) even = rest_of(even), odd = rest_of(odd);
+                    if (part + 1 < PARTS) even = bf16_rest(even), odd = bf16_rest(odd);
                 }
             }
         }

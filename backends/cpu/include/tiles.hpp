@@ -7,6 +7,12 @@
 //   tile_store<T>(p, stride)
 //   tile_multiply<C, A, B>()  C (16 x 16 floats) += A (16 rows of 32 bf16) times B, 16 rows of 16
 //                             pairs: row k holds the numbers 2k and 2k + 1 of every column
+//   bf16_part(x), bf16_rest(x) a float rounded to bf16; what is left of it. Nothing is left of
+//                             infinities, of NaN and of what rounds to infinity
+//   in_order(a, b)            32 bf16 numbers: those of a, then those of b
+// A float is the sum of three bf16 numbers, x = p + q + r with p = bf16_part(x) and so on: 24 bits.
+// Products of parts i and j with i + j < 3, six of nine, are as exact as float32. The instructions
+// take subnormal numbers for 0, so parts below 1e-38 are lost.
 // Without the instructions (in tests) the same functions run on an emulation. Source: Intel
 // Architecture Instruction Set Extensions, chapter on AMX.
 #pragma once
@@ -67,6 +73,29 @@ template <int C, int A, int B> static inline void tile_multiply() {
         }
 }
 #endif
+
+static ALWAYS_INLINE vf bf16_part(vf x) {
+    vu u = (vu)x;
+    return (vf)((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+}
+static ALWAYS_INLINE vf bf16_rest(vf x) {
+    vf part = bf16_part(x);
+#if LANES == 16 && defined(__AVX512DQ__)
+    __mmask16 none = _mm512_fpclass_ps_mask((__m512)part, 0x99);  // infinities and NaN
+    return (vf)_mm512_maskz_sub_ps(_knot_mask16(none), (__m512)x, (__m512)part);
+#endif
+    vi finite = ((vi)part & 0x7f800000) != 0x7f800000;
+    return select(finite, x - part, vf{});
+}
+static ALWAYS_INLINE vf in_order(vf a, vf b) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    return (vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#endif
+    bf16 t[2 * LANES];
+    store(t, a);
+    store(t + LANES, b);
+    return load((const float*)t);
+}
 
 // Products of 32 rows by 32 columns at a time, in four sums, that are taken step by step between
 // other work: the multiplier is busy for some 64 cycles with one step, so a loop that calls `step`
