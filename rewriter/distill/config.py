@@ -28,7 +28,8 @@ class Budget(_Strict):
             a run that is limited by steps alone resumes to bit-identical weights.
         batch: rows of one forward.
         accumulate: forwards of one optimiser step.
-        lr: learning rate of the new (`core.*`) parameters.
+        lr: learning rate of the new (`core.*`) parameters. A mixer may ask for a part of it for
+            some of them (`rates` of the module that holds them).
         schedule: shape of the learning rate after the warm-up.
         warmup: fraction of the budget over which the learning rate rises from 0.
         final: fraction of the learning rate that is left at the end.

@@ -46,6 +46,20 @@ def core_names(student: nn.Module) -> list[str]:
     return names
 
 
+def core_rates(student: nn.Module) -> dict[str, float]:
+    """Learning rate of every new parameter over the stage's, by its name in the student.
+
+    1 unless a module inside the mixer says otherwise in `rates`, by the names of its parameters.
+    """
+    rates = {}
+    for path, core in rewritten_cores(student).items():
+        for inner, module in core.named_modules(prefix=path):
+            given: Mapping[str, float] = getattr(module, "rates", {})
+            for name, _ in module.named_parameters(inner, recurse=False):
+                rates[name] = given.get(name.rpartition(".")[2], 1.0)
+    return rates
+
+
 def private_copy(
     module: nn.Module,
     dtype: torch.dtype,

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from rewriter.distill.config import DistillConfig, LogitStage
 from rewriter.distill.copies import (
     core_names,
+    core_rates,
     private_copy,
     rewritten_owners,
     write_body,
@@ -42,12 +43,14 @@ class Stage(Protocol):
     Attributes:
         name: 'layers' or 'logits'.
         core: trained new parameters (float32) by their name in the student.
+        rates: learning rates of `core` relative to the stage's, by name.
         body: other trained parameters, in the compute dtype unless they are new, by name.
         groups: names that train independently of each other and are clipped together.
     """
 
     name: str
     core: dict[str, nn.Parameter]
+    rates: Mapping[str, float]
     body: dict[str, nn.Parameter]
     groups: list[list[str]]
 
@@ -100,6 +103,7 @@ class MatchLayers:
         self.teacher = private_copy(teacher, dtype, tensors)
         self.student = private_copy(student, dtype, tensors, master=names)
         self.core = {n: self.student.get_parameter(n) for n in names}
+        self.rates = core_rates(self.student)
         for parameter in self.core.values():
             parameter.requires_grad_(True)
         self.body: dict[str, nn.Parameter] = {}
@@ -189,6 +193,7 @@ class MatchLogits:
                 "train 'lora' or 'all' for the 'logits' stage."
             )
         self.core = {n: self.student.get_parameter(n) for n in names}
+        self.rates = core_rates(self.student)
         self.body = {n: self.student.get_parameter(n) for n in body}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in self.core or name in self.body)

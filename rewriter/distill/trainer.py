@@ -67,13 +67,14 @@ class Masters:
             name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
             for name, p in self.live.items()
         }
-        groups = [(stage.core, core_lr), (stage.body, body_lr)]
-        self.base_lr = [lr for names, lr in groups if names]
+        rates = {n: core_lr * stage.rates[n] for n in stage.core} | dict.fromkeys(
+            stage.body, body_lr
+        )
+        self.base_lr = sorted(set(rates.values()), reverse=True)
         self.optimiser = torch.optim.AdamW(
             [
-                {"params": [self.values[n] for n in names], "lr": lr}
-                for names, lr in groups
-                if names
+                {"params": [self.values[n] for n in rates if rates[n] == lr], "lr": lr}
+                for lr in self.base_lr
             ],
             betas=BETAS,
             weight_decay=0.0,
@@ -205,7 +206,7 @@ class Trainer:
                     fraction=min(1.0, done),
                     loss=losses.total,
                     parts=losses.parts,
-                    lr=rates[0],
+                    lr=learning_rate(budget, budget.lr, min(1.0, point)),
                     tokens_per_second=(step - first) * tokens_a_step / max(1e-9, elapsed - spent),
                     seconds_left=max(0.0, elapsed * (1.0 - done) / max(done, 1e-9)),
                 )

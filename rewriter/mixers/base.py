@@ -15,7 +15,7 @@ mechanism implements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +79,8 @@ class Mixer(nn.Module):
         needs_hidden: `mix` reads `Tokens.hidden`; sites that do not know it are refused.
         averages: an output is a weighted mean of values, so one token alone gives its own value.
         reads_keys: outputs depend on keys and values at all.
+        rates: learning rates of own parameters relative to the stage's, by name, where not 1; any
+            module inside a mixer may have them too.
     """
 
     info: ClassVar[MixerInfo]
@@ -88,6 +90,7 @@ class Mixer(nn.Module):
     needs_hidden: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = True
+    rates: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         """Args: the site, validated options, and the layer's index in the cache, if it has one."""

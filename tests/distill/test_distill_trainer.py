@@ -26,6 +26,7 @@ class Line:
         self.core: dict[str, nn.Parameter] = {} if dtype != torch.float32 else {"w": self.weight}
         self.body: dict[str, nn.Parameter] = {"w": self.weight} if not self.core else {}
         self.groups = [["w"]]
+        self.rates = dict.fromkeys(self.core, 1.0)
         self.spoil = spoil
 
     def backward(self, rows: Rows, scale: float) -> Losses:
@@ -71,6 +72,14 @@ def test_schedule_warms_up_and_decays() -> None:
     assert rates[10] == pytest.approx(0.1)
     linear = LayerStage(steps=10, warmup=0.0, final=0.0, schedule="linear")
     assert learning_rate(linear, 2.0, 0.25) == pytest.approx(1.5)
+
+
+def test_a_parameter_may_ask_for_a_part_of_the_rate() -> None:
+    slow, fast = Line(), Line()
+    slow.rates = {"w": 0.1}
+    budget = LayerStage(steps=1, lr=1e-2, warmup=0.0, schedule="constant")
+    moved = [Trainer(rows(), 0, Silent()).run(stage, budget)[1]["w"] for stage in (slow, fast)]
+    torch.testing.assert_close(moved[0], 0.1 * moved[1])
 
 
 def test_time_budget_ends_a_stage_and_reaches_the_end_of_the_schedule() -> None:

@@ -13,12 +13,16 @@ from rewriter.ir.site import AttentionSite
 
 SILU_ONE = 1.27846454  # silu(SILU_ONE) = 1
 CONTEXT = 4096  # tokens after which a slow gate has forgotten half
+TUNED = 64  # inputs of the maps of a head, for which the learning rates of a stage are meant
 
 
 class TokenGate(nn.Module):
     """b + W x for every token, or b + W act(V x) with `rank` rows in V; W starts at zero.
 
     Computed in float32, since decays are sums over many tokens of what comes out.
+
+    Adam moves every entry by the learning rate, so what a row gives moves with the number of its
+    inputs; the rate of a wider map is smaller by as much (Tensor Programs V, arXiv 2203.03466).
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class TokenGate(nn.Module):
         self.down = None if rank is None else nn.Parameter(_cosines(rank, width))
         self.weight = nn.Parameter(torch.zeros(out, width if rank is None else rank))
         self.bias = nn.Parameter(torch.full((out,), start))
+        inputs = {"down": width, "weight": self.weight.shape[1]}
+        self.rates = {name: min(1.0, TUNED / count) for name, count in inputs.items()}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, n, width) to (B, n, out) float32."""

@@ -42,7 +42,7 @@ class S4dOptions(MixerOptions):
 
     modes: int = Field(default=32, ge=1)
     start: Literal["neutral", "published"] = "neutral"
-    ridge: float = Field(default=1e-4, gt=0)
+    ridge: float = Field(default=1e-2, gt=0)
 
 
 class S4d(Mixer):
@@ -58,6 +58,8 @@ class S4d(Mixer):
     Options = S4dOptions
     needs_hidden = True
     averages = False
+    # 1e-3 at the rate of stage 1, as published: poles move what large C cancel in each other.
+    rates = dict.fromkeys(("log_rate", "frequency", "log_step", "read"), 1 / 30)
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
