@@ -17,11 +17,12 @@ CHANNEL = [
     "",
     "## Channel mixers",
     "",
-    "The MLP blocks of the same 22 layers, fitted to 2,048 tokens of text, not trained. Gap:",
-    "of the block's output.",
+    "The MLP blocks of the same 22 layers with default options, fitted to 2,048 tokens of text,",
+    "with the same training. Saved: of the whole model, fp32. Prefill and token: of one block.",
     "",
-    "| mixer | parameters of the model | gap | perplexity | copy |",
-    "|---|---|---|---|---|",
+    "| mixer | tier | parameters saved | gap, fitted | trained | perplexity | copy | "
+    "prefill 2k, 8k | token |",
+    "|---|---|---|---|---|---|---|---|---|",
 ]
 
 
@@ -29,7 +30,7 @@ def markdown(done: Mapping[str, Any]) -> str:
     """The page."""
     rows: Mapping[str, Row] = done["rows"]
     first = rows[ORIGINAL]
-    mixers = {n: r for n, r in rows.items() if "speed" in r}
+    mixers = {n: r for n, r in rows.items() if "parameters" not in r}
     blocks = {n: r for n, r in rows.items() if "parameters" in r}
     lines = [
         "# The mixers on a real model",
@@ -37,16 +38,16 @@ def markdown(done: Mapping[str, Any]) -> str:
         "SmolLM2-135M-Instruct, 22 of 30 layers rewritten with default options, 8 kept. Mixers",
         f"with parameters start from data and get {done['steps']} steps of layer-wise training, a",
         "row of 512 tokens each; the others are used as they are. Quality in bfloat16. Made by",
-        "`examples/mixer_table.py`.",
+        "`examples/mixer_table.py`; `--only-times` measures the times alone.",
         "",
         f"Machine: {done['machine']}.",
         "",
         "![the table as a plot](mixers.svg)",
         "",
         "Start: with neutral parameters; fitted: after the start from 2,048 tokens of data.",
-        "Gap: |core - original| / |original| on held-out text, mean of the 22 layers. Perplexity:",
-        "on the second half of three rows of 1,024 held-out tokens, over the original's "
-        f"{first['perplexity']:.2f}.",
+        "Gap: |block - original| / |original| of the attention blocks' outputs, which is what",
+        "trains, on held-out text, mean of the 22 layers. Perplexity: on the second half of three",
+        f"rows of 1,024 held-out tokens, over the original's {first['perplexity']:.2f}.",
         "Copy: perplexity of a passage that stood 700 tokens before. `duo` and `razor` keep the",
         "heads that `rewriter.planner.head_scores` finds. State, prefill and token: of one layer's",
         "core (of the original: torch's attention and the cache), fp32, one thread; for `duo` and",
@@ -67,27 +68,43 @@ def markdown(done: Mapping[str, Any]) -> str:
         names = ", ".join(f"`{name}`" for name in done["missing"])
         lines += ["", f"Not measured yet: {names}. Running the script again adds them."]
     if blocks:
-        lines += CHANNEL
-    for name, row in blocks.items():
-        ratio = row["perplexity"] / first["perplexity"]
-        lines.append(
-            f"| `{name}` | {row['parameters']:.2f} x | {row['gap_start']:.3f} | {ratio:.2f} x "
-            f"| {row['copy_perplexity']:.2f} |"
-        )
+        lines += [*CHANNEL, _block_line(ORIGINAL, {**first, **first["block"]}, first)]
+    lines += [_block_line(n, r, first) for n, r in _sorted(blocks)]
     return "\n".join(lines) + "\n"
+
+
+def _block_line(name: str, row: Row, first: Row) -> str:
+    near, far = row["speed"][NEAR], row["speed"][FAR]
+    saved = ""
+    if "saved" in row:
+        share = row["saved"] / (row["saved"] + row["parameters"])
+        saved = f"{row['saved'] / 1e6:.1f} M ({share:.0%}), {size(4 * row['saved'])}"
+    return (
+        f"| {_shown(name)} | {row.get('tier', '')} | {saved} | {_given(row, 'gap_fitted')} "
+        f"| {_given(row, 'gap_distilled')} | {_quality(row, first)} "
+        f"| {near['prefill'] * 1e3:.0f} ms, {far['prefill'] * 1e3:.0f} ms "
+        f"| {near['token'] * 1e3:.2f} ms |"
+    )
+
+
+def _shown(name: str) -> str:
+    return "original" if name == ORIGINAL else f"`{name}`"
+
+
+def _given(row: Row, gap: str) -> str:
+    return f"{row[gap]:.3f}" if gap in row else ""
+
+
+def _quality(row: Row, first: Row) -> str:
+    return f"{row['perplexity'] / first['perplexity']:.2f} x | {row['copy_perplexity']:.2f}"
 
 
 def _mixer_line(name: str, row: Row, first: Row) -> str:
     near, far = row["speed"][NEAR], row["speed"][FAR]
-    shown = "original" if name == ORIGINAL else f"`{name}`"
-
-    def optional(key: str, form: str) -> str:
-        return form.format(row[key]) if key in row else ""
-
     return (
-        f"| {shown} | {row.get('tier', '')} | {optional('gap_start', '{:.3f}')} "
-        f"| {optional('gap_fitted', '{:.3f}')} | {optional('gap_distilled', '{:.3f}')} "
-        f"| {row['perplexity'] / first['perplexity']:.2f} x | {row['copy_perplexity']:.2f} "
+        f"| {_shown(name)} | {row.get('tier', '')} | {_given(row, 'gap_start')} "
+        f"| {_given(row, 'gap_fitted')} | {_given(row, 'gap_distilled')} "
+        f"| {_quality(row, first)} "
         f"| {size(near['state'])}, {size(far['state'])} "
         f"| {near['prefill'] * 1e3:.0f} ms, {far['prefill'] * 1e3:.0f} ms "
         f"| {near['token'] * 1e3:.2f} ms, {far['token'] * 1e3:.2f} ms |"
@@ -103,7 +120,7 @@ def plot(done: Mapping[str, Any]) -> bytes:
     """Bars of every mixer, the original as a line. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    rows = [(n, r) for n, r in _sorted(done["rows"]) if "speed" in r]
+    rows = [(n, r) for n, r in _sorted(done["rows"]) if "parameters" not in r]
     first, rows = rows[0][1], rows[1:]
     names = [n for n, _ in rows]
     panels: dict[str, Callable[[Row], float]] = {

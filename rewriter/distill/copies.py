@@ -9,13 +9,14 @@ changed in place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from rewriter.errors import UsageError
 from rewriter.mixers.base import Mixer
+from rewriter.mixers.channel.base import Projection
 from rewriter.mixers.placed import mixers_of
 
 
@@ -38,12 +39,28 @@ def rewritten_cores(student: nn.Module) -> dict[str, Mixer]:
     }
 
 
+def learning_owners(student: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """Modules that learn to imitate their original: path -> what learns in them, by full path.
+
+    Owners of mixers, and the modules whose projections became structures.
+    """
+    owners: dict[str, dict[str, nn.Module]] = {}
+    for path, module in student.named_modules():
+        inside = {
+            f"{name}.core": child.core
+            for name, child in module.named_children()
+            if isinstance(child, Projection)
+        }
+        cores = {n: m for n, m in mixers_of(module).items() if m.info.tier != "exact"}
+        if cores or inside:
+            prefix = f"{path}." if path else ""
+            owners[path] = {prefix + name: core for name, core in {**cores, **inside}.items()}
+    return owners
+
+
 def core_names(student: nn.Module) -> list[str]:
-    """Names of the new parameters: those of the mixers of all rewritten owners."""
-    names = []
-    for path, core in rewritten_cores(student).items():
-        names += [f"{path}.{name}" for name, _ in core.named_parameters()]
-    return names
+    """Names of the new parameters, in module order."""
+    return list(core_rates(student))
 
 
 def core_rates(student: nn.Module) -> dict[str, float]:
@@ -52,12 +69,17 @@ def core_rates(student: nn.Module) -> dict[str, float]:
     1 unless a module inside the mixer says otherwise in `rates`, by the names of its parameters.
     """
     rates = {}
-    for path, core in rewritten_cores(student).items():
+    for path, core in _learning(student):
         for inner, module in core.named_modules(prefix=path):
             given: Mapping[str, float] = getattr(module, "rates", {})
             for name, _ in module.named_parameters(inner, recurse=False):
                 rates[name] = given.get(name.rpartition(".")[2], 1.0)
     return rates
+
+
+def _learning(student: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for cores in learning_owners(student).values():
+        yield from cores.items()
 
 
 def private_copy(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewriter.distill.config import Budget, DistillConfig
-from rewriter.distill.copies import rewritten_cores
+from rewriter.distill.copies import core_names, rewritten_cores
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
 from rewriter.distill.precision import compute_dtype
@@ -139,6 +139,7 @@ def run_digest(teacher: nn.Module, student: nn.Module, rows: Rows, config: Disti
         hasher.update(head.tobytes())
     # Values of the new parameters do not count: a checkpoint brings its own.
     for path, core in rewritten_cores(student).items():
-        shapes = [(n, tuple(p.shape)) for n, p in core.named_parameters()]
-        hasher.update(f"{path} {core.info.name} {core.options!r} {shapes}".encode())
+        hasher.update(f"{path} {core.info.name} {core.options!r}".encode())
+    for name in core_names(student):
+        hasher.update(f"{name} {tuple(student.get_parameter(name).shape)}".encode())
     return hasher.hexdigest()[:24]

@@ -14,8 +14,8 @@ from rewriter.distill.config import DistillConfig, LogitStage
 from rewriter.distill.copies import (
     core_names,
     core_rates,
+    learning_owners,
     private_copy,
-    rewritten_owners,
     write_body,
     write_core,
 )
@@ -107,15 +107,14 @@ class MatchLayers:
         for parameter in self.core.values():
             parameter.requires_grad_(True)
         self.body: dict[str, nn.Parameter] = {}
-        self.owners = {
-            path: self.student.get_submodule(path)
-            for path, cores in rewritten_owners(self.student).items()
-            if any(next(core.parameters(), None) is not None for core in cores.values())
+        learning = {
+            path: [f"{at}.{n}" for at, core in cores.items() for n, _ in core.named_parameters()]
+            for path, cores in learning_owners(self.student).items()
         }
-        self.groups = [
-            [n for n in names if n.startswith(f"{path}.core." if path else "core.")]
-            for path in self.owners
-        ]
+        self.owners = {
+            path: self.student.get_submodule(path) for path in learning if learning[path]
+        }
+        self.groups = [learning[path] for path in self.owners]
         self._calls: int | None = None  # calls of rewritten modules in one forward, once known
 
     def backward(self, rows: Rows, scale: float) -> Losses:

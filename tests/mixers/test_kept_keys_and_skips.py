@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import Agreement
 from mixer_sites import BOTH_WAYS, CAUSAL, bool_mask, make_site
 from torch import Tensor
 from transformers import DynamicCache
@@ -69,7 +70,7 @@ def test_a_cache_with_left_padding(name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", ["row", "constant"])
 @pytest.mark.parametrize("mask", [CAUSAL, BOTH_WAYS])
-def test_sigmoid_attention_written_out(shape: Any, bias: str, mask: Mask) -> None:
+def test_sigmoid_attention_written_out(shape: Any, bias: str, mask: Mask, agree: Agreement) -> None:
     """Dense torch in float64, from the published formula."""
     B, H, Hkv, N, D = shape
     site = make_site(mask, heads=(H, Hkv, D), hidden_dim=24)
@@ -84,12 +85,7 @@ def test_sigmoid_attention_written_out(shape: Any, bias: str, mask: Mask) -> Non
     shift = mixer.shift.double()[:, None, None] - count.double().log()[:, None]
     weights = torch.sigmoid(q @ k.mT * site.scale + shift) * allowed
     wanted = (weights @ v) * mixer.norm.weight.double()[:, None]
-    assert float((got - wanted).abs().max() / wanted.abs().max()) <= 1e-5
-    probe = torch.randn(got.shape)
-    mine = torch.autograd.grad((got * probe).sum(), leaves, retain_graph=True)
-    theirs = torch.autograd.grad((wanted * probe).sum(), leaves)
-    for a, b in zip(mine, theirs, strict=True):
-        assert float((a - b).abs().max() / b.abs().max()) <= 1e-4
+    agree.both("sigmoid_attention", got, wanted, leaves)
 
 
 def test_untrained_sigmoid_is_softmax_for_small_scores() -> None:
@@ -106,25 +102,32 @@ def dense(x: Tokens, allowed: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x.q, k, v, allowed, scale=SITE.scale)
 
 
+@pytest.mark.parametrize(("mask", "n"), [(CAUSAL, 50), (BOTH_WAYS, 37), (CAUSAL, 5)])
+def test_a_sink_window_is_softmax_with_a_mask(mask: Mask, n: int, agree: Agreement) -> None:
+    cls = get("sink_window")
+    x = sample(SITE, n)
+    leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
+    got = cls(make_site(mask, heads=(4, 2, 16)), cls.Options(window=6, sinks=2)).mix(x)[0]
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    near = (distance.abs() < 6) | (torch.arange(n) < 2)
+    wanted = dense(x, near & (distance >= 0) if mask is CAUSAL else near)
+    agree.both("sink_window", got, wanted, leaves)
+
+
 @pytest.mark.parametrize("full", [(), (0,), (1,), (0, 1)])
-def test_duo_is_softmax_with_a_mask_per_head(full: tuple[int, ...]) -> None:
+def test_duo_is_softmax_with_a_mask_per_head(full: tuple[int, ...], agree: Agreement) -> None:
     x = sample(SITE, 50)
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
     i, j = torch.arange(50)[:, None], torch.arange(50)
     near = (j <= i) & ((i - j < 6) | (j < 2))
     allowed = torch.stack([(j <= i) if h // 2 in full else near for h in range(4)])
     got, wanted = build("duo", full=full).mix(Tokens(*leaves))[0], dense(x, allowed)
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-    probe = torch.randn(got.shape)
-    mine = torch.autograd.grad((got * probe).sum(), leaves, retain_graph=True)
-    theirs = torch.autograd.grad((wanted * probe).sum(), leaves)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    agree.both("duo", got, wanted, leaves)
 
 
 @pytest.mark.parametrize(("full", "window", "sinks"), [((1,), 6, 2), ((), 9, 0), ((), 50, 4)])
 def test_razor_puts_the_mean_in_the_place_of_each_hidden_key(
-    full: tuple[int, ...], window: int, sinks: int
+    full: tuple[int, ...], window: int, sinks: int, agree: Agreement
 ) -> None:
     """Full softmax in float64, every key before the window replaced by the mean of all such."""
     x = sample(SITE, 50)
@@ -142,12 +145,7 @@ def test_razor_puts_the_mean_in_the_place_of_each_hidden_key(
             weight = (keys @ q[:, h, i, :, None] * SITE.scale).softmax(1)
             rows.append((weight * values).sum(1))
     wanted = torch.stack(rows, 1).unflatten(1, (4, 50))
-    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
-    probe = torch.randn(got.shape)
-    mine = torch.autograd.grad((got * probe).sum(), leaves, retain_graph=True)
-    theirs = torch.autograd.grad((wanted * probe).sum(), leaves)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    agree.both("razor", got, wanted, leaves)
 
 
 def test_razor_without_retrieval_heads_is_bounded() -> None:
@@ -160,7 +158,9 @@ def test_razor_without_retrieval_heads_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(("block", "top", "n"), [(8, 2, 50), (4, 3, 33), (16, 1, 40), (8, 9, 40)])
-def test_moba_is_softmax_over_the_chosen_blocks(block: int, top: int, n: int) -> None:
+def test_moba_is_softmax_over_the_chosen_blocks(
+    block: int, top: int, n: int, agree: Agreement
+) -> None:
     """The rule of the paper, query by query; softmax and gradients by torch."""
     x = sample(SITE, n)
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v)]
@@ -176,12 +176,7 @@ def test_moba_is_softmax_over_the_chosen_blocks(block: int, top: int, n: int) ->
                     allowed[b, h, i, c * block : min((c + 1) * block, i + 1)] = True
     got = build("moba", block=block, blocks=top).mix(Tokens(*leaves))[0]
     wanted = dense(x, allowed)
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-    probe = torch.randn(got.shape)
-    mine = torch.autograd.grad((got * probe).sum(), leaves, retain_graph=True)
-    theirs = torch.autograd.grad((wanted * probe).sum(), leaves)
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    agree.both("moba", got, wanted, leaves)
 
 
 def test_moba_never_scores_an_open_block() -> None:
@@ -206,8 +201,8 @@ def test_duo_keeps_only_the_keys_of_full_heads() -> None:
     assert {t.name for t in alone.tensors} <= set(shapes)
 
 
-def test_the_shortcut_is_least_squares() -> None:
-    """numpy's solver finds the same map where the tokens determine it."""
+def test_the_shortcut_is_least_squares(agree: Agreement) -> None:
+    """torch's solver finds the same map where the tokens determine it."""
     mixer = build("linear_shortcut", moved=0.0, ridge=0.0)
     x = sample(SITE, 80)
     wanted = torch.randn(2, 4, 80, 16, generator=torch.Generator().manual_seed(3))
@@ -216,7 +211,11 @@ def test_the_shortcut_is_least_squares() -> None:
     columns = wanted.transpose(1, 2).reshape(160, -1).double()
     solution = torch.linalg.lstsq(rows, columns).solution
     best = (rows @ solution).reshape(2, 80, 4, 16).transpose(1, 2)
-    torch.testing.assert_close(mixer.mix(x)[0].double(), best, atol=1e-5, rtol=1e-5)
+    hidden = x.stream.requires_grad_()
+    weight, bias = solution[:-1].mT.float(), solution[-1].float()
+    mine = F.linear(hidden, weight, bias).unflatten(-1, (4, 16)).transpose(1, 2)
+    torch.testing.assert_close(mine.double(), best, atol=1e-5, rtol=1e-5)
+    agree.both("linear_shortcut", mixer.mix(x)[0], mine, (hidden,))
 
 
 def test_a_linear_layer_is_found_exactly() -> None:
@@ -228,8 +227,9 @@ def test_a_linear_layer_is_found_exactly() -> None:
     torch.testing.assert_close(mixer.mix(x)[0], target, atol=1e-4, rtol=1e-4)
 
 
-def test_drop_gives_nothing() -> None:
-    assert not build("drop").mix(sample(SITE, 7))[0].any()
+def test_drop_gives_nothing(agree: Agreement) -> None:
+    out = build("drop").mix(sample(SITE, 7))[0]
+    agree.outputs("drop", out, torch.zeros(2, 4, 7, 16))
     assert build("drop").flops(SITE, build("drop").options) == 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import Agreement
 from mixer_sites import BOTH_WAYS, make_site
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,7 +40,7 @@ def moved(bidirectional: bool = False, **options: object) -> S4d:
     return mixer.eval()
 
 
-def test_the_filter_is_that_of_scipy() -> None:
+def test_the_filter_is_that_of_scipy(agree: Agreement) -> None:
     """Outputs of `dlsim`, and gradients through the transposed impulse response of `dimpulse`."""
     given = VECTORS
     mixer = S4d(CAUSAL_SITE, S4dOptions(modes=5))
@@ -54,20 +55,21 @@ def test_the_filter_is_that_of_scipy() -> None:
     n = v.shape[2]
     x = Tokens(torch.zeros(2, 4, n, 8), torch.zeros(2, 2, n, 8), v, torch.zeros(2, n, 12))
     out, _ = mixer.mix(x)
-    near(out, given["out"])
+    agree.outputs("s4d", out, given["out"])
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad((out * weight).sum(), v)
     lag = torch.arange(n)[:, None] - torch.arange(n)
     matrix = given["impulse"][..., lag.clamp_min(0)] * (lag >= 0)  # (H, Dv, n, n)
     wanted = torch.einsum("hdij,bhid->bhjd", matrix, weight.double())
-    near(gradient, wanted.unflatten(1, (2, 2)).sum(2), 1e-4)
+    agree.gradient("s4d", gradient, wanted.unflatten(1, (2, 2)).sum(2))
 
 
-def test_both_directions_are_their_matrix() -> None:
+def test_both_directions_are_their_matrix(agree: Agreement) -> None:
     """One kernel over the past and the own token, another over what comes later, in float64."""
     mixer = moved(bidirectional=True)
     n = 19
     x = sample(BOTH_SITE, n)
+    x.v.requires_grad_()
     step, pole = (t.detach() for t in mixer._system())
     a = (step * pole).to(torch.complex128)
     written = (a.exp() - 1) / pole
@@ -84,7 +86,7 @@ def test_both_directions_are_their_matrix() -> None:
             for j in range(n):
                 weight = kernels[0][i - j] if j <= i else kernels[1][j - i - 1]
                 out[:, h, i] += weight * x.v[:, h // 2, j]
-    near(mixer.mix(x)[0], out * mixer.gate(x.stream))
+    agree.both("s4d", mixer.mix(x)[0], out * mixer.gate(x.stream), (x.v,))
 
 
 def test_bidirectional_contracts() -> None:

@@ -53,7 +53,7 @@ class LowRank(Structure):
         self.right = nn.Parameter(torch.zeros(rank, inputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, self.right), self.left)
+        return F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))
 
     def dense(self) -> torch.Tensor:
         return self.left @ self.right

@@ -60,9 +60,9 @@ class Monarch(Structure):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         lead = x.shape[:-1]
         blocks = x.reshape(-1, self.inner, x.shape[-1] // self.inner).transpose(0, 1)
-        h = torch.bmm(blocks, self.right.mT)  # (inner, rows, rank * outer)
+        h = torch.bmm(blocks, self.right.mT.to(x.dtype))  # (inner, rows, rank * outer)
         h = h.view(self.inner, -1, self.rank, self.outer).permute(3, 1, 0, 2).flatten(2)
-        y = torch.bmm(h, self.left.mT)  # (outer, rows, s)
+        y = torch.bmm(h, self.left.mT.to(x.dtype))  # (outer, rows, s)
         return y.permute(1, 2, 0).reshape(*lead, -1)
 
     def dense(self) -> torch.Tensor:
