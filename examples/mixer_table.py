@@ -65,7 +65,7 @@ class Bench:
     def student(self, mixer: str) -> nn.Module:
         """The model with one mixer in all layers that are not kept."""
         targets = [
-            Target(site, mixer, self.options(mixer, site.fqn))
+            Target(site, mixer, self.options(mixer, site.index))
             for site in self.sites
             if site.index not in KEPT
         ]
@@ -77,13 +77,13 @@ class Bench:
         return rewriter.inspect(self.model).sites
 
     @cached_property
-    def retrieval_heads(self) -> dict[str, tuple[int, ...]]:
+    def retrieval_heads(self) -> dict[int, tuple[int, ...]]:
         """Of all 30 layers, on random text that is repeated."""
         return head_scores(self.model, self.sites).chosen()
 
-    def options(self, mixer: str, fqn: str) -> dict[str, Any]:
+    def options(self, mixer: str, layer: int) -> dict[str, Any]:
         """The defaults, but for the heads that are measured to retrieve."""
-        return {"full": self.retrieval_heads[fqn]} if mixer in ("duo", "razor") else {}
+        return {"full": self.retrieval_heads[layer]} if mixer in ("duo", "razor") else {}
 
     def row(self, mixer: str) -> dict[str, Any]:
         """Everything about one mixer but times."""
@@ -94,7 +94,7 @@ class Bench:
         student = self.student(mixer)
         row: dict[str, Any] = {"tier": available()[mixer].info.tier, "gap_start": self.gap(student)}
         if mixer in ("duo", "razor"):
-            row["full"] = {fqn: h for fqn, h in self.retrieval_heads.items() if h}
+            row["full"] = {n: h for n, h in self.retrieval_heads.items() if h}
         if core_names(student):
             if fit_cores(student, self.corpus.train.take(torch.arange(4))):
                 row["gap_fitted"] = self.gap(student)

@@ -50,7 +50,7 @@ class Stage(Protocol):
 
     name: str
     core: dict[str, nn.Parameter]
-    rates: Mapping[str, float]
+    rates: dict[str, float]
     body: dict[str, nn.Parameter]
     groups: list[list[str]]
 

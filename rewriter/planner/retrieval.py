@@ -28,25 +28,26 @@ _ROWS = 256  # queries whose scores are held at once
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores of the key/value heads of every layer, the largest of the query heads of each.
+    """Scores of the key/value heads of every site, the largest of the query heads of each.
 
     Attributes:
-        echo: by module path, (Hkv,) mean attention to all earlier copies of a token.
+        echo: by the site's index, (Hkv,) mean attention to all earlier copies of a token. The runs
+            of a module that runs several times share their mixer, and the largest score of any.
         induction: the same to the tokens behind these copies.
     """
 
-    echo: Mapping[str, Tensor]
-    induction: Mapping[str, Tensor]
+    echo: Mapping[int, Tensor]
+    induction: Mapping[int, Tensor]
 
     def chosen(
         self, echo: float = ECHO, induction: float = INDUCTION
-    ) -> dict[str, tuple[int, ...]]:
-        """By module path, the heads among the best share of either score over all layers.
+    ) -> dict[int, tuple[int, ...]]:
+        """By the site's index, the heads among the best share of either score over all sites.
 
         A share above 0 chooses at least one head.
         """
         best = _best(self.echo, echo) | _best(self.induction, induction)
-        return {path: tuple(sorted(head for at, head in best if at == path)) for path in self.echo}
+        return {site: tuple(sorted(head for at, head in best if at == site)) for site in self.echo}
 
 
 def head_scores(
@@ -73,24 +74,30 @@ def head_scores(
     text = torch.randint(0, examples.vocabulary, (1, period), generator=generator)
     first = torch.randint(0, examples.vocabulary, (1, 1), generator=generator)
     ids = torch.cat((first, text.repeat(1, repeats)), 1)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    runs: dict[tuple[str, str], list[AttentionSite]] = {}
+    for site in causal:
+        runs.setdefault((site.fqn, site.core), []).append(site)
 
-    def watch(site: AttentionSite) -> Any:
+    def watch(sites: Sequence[AttentionSite]) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
             q, k = args[:2]
-            seen[site.fqn] = _scores(q[0], k[0], site, period)
+            scores = _scores(q[0], k[0], sites[0], period)
+            for at in (site.index for site in sites):
+                echo, induction = seen.get(at, scores)
+                seen[at] = echo.maximum(scores[0]), induction.maximum(scores[1])
 
         return hook
 
     watched = realise(share_parameters(model), [Target(s, "keep", {}) for s in causal], examples)
     with ExitStack() as stack, evaluating(watched):
-        for site in causal:
-            core = core_at(watched.get_submodule(site.fqn), site)
-            stack.callback(core.register_forward_hook(watch(site)).remove)
+        for (fqn, _), sites in runs.items():
+            core = core_at(watched.get_submodule(fqn), sites[0])
+            stack.callback(core.register_forward_hook(watch(sites)).remove)
         watched(**examples.with_tokens(ids))
     return HeadScores(
-        {path: echo for path, (echo, _) in seen.items()},
-        {path: induction for path, (_, induction) in seen.items()},
+        {at: echo for at, (echo, _) in seen.items()},
+        {at: induction for at, (_, induction) in seen.items()},
     )
 
 
@@ -115,8 +122,8 @@ def _scores(q: Tensor, k: Tensor, site: AttentionSite, period: int) -> tuple[Ten
     return means[0], means[1]
 
 
-def _best(scores: Mapping[str, Tensor], share: float) -> set[tuple[str, int]]:
-    """(path, head) of the best share of all heads."""
-    rated = [(float(x), path, head) for path, of in scores.items() for head, x in enumerate(of)]
+def _best(scores: Mapping[int, Tensor], share: float) -> set[tuple[int, int]]:
+    """(site, head) of the best share of all heads."""
+    rated = [(float(x), at, head) for at, of in scores.items() for head, x in enumerate(of)]
     rated.sort(reverse=True)
-    return {(path, head) for _, path, head in rated[: math.ceil(share * len(rated))]}
+    return {(at, head) for _, at, head in rated[: math.ceil(share * len(rated))]}
