@@ -24,7 +24,7 @@ from rewriter.backends.ops.recurrence import recurrence as recurrence_op
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.decode import Decode
 from rewriter.ir.recurrence import Recurrence
-from rewriter.ir.state import State
+from rewriter.ir.state import Owned, State
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -75,7 +75,8 @@ def recurrence(
 ) -> tuple[Tensor, State | None]:
     """As the reference's `recurrence`; a padded token is made one that changes nothing.
 
-    `text` and `padded` are the spec as text, without and with padding.
+    Where the backend has a bound step, a step writes an `Owned` state in place. `text` and `padded`
+    are the spec as text, without and with padding.
     """
     if q.dtype != v.dtype or k.dtype != v.dtype:
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -101,7 +102,8 @@ def recurrence(
         if step is not None and all(
             t is None or t.dtype == torch.float32 for t in (decay, beta, erase, add, bonus, start)
         ):
-            out, end = step(q, k, v, decay, beta, erase, add, bonus, start, cu_seqlens)
+            reuse = isinstance(state, Owned)
+            out, end = step(q, k, v, decay, beta, erase, add, bonus, start, cu_seqlens, reuse)
             return out, None if state is None else {"S": end}
         x = RecurrenceInputs(q, k, v, decay, beta, erase, add, bonus, cu_seqlens, start)
         out, end = raw_kernels(backend, "recurrence").forward(spec, x)

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from rewriter.errors import UnsupportedError
 from rewriter.ir.site import AttentionSite
-from rewriter.ir.state import State, StateSpec
+from rewriter.ir.state import Owned, State, StateSpec
 
 _COUNTERS = ("cumulative_length", "cumulative_length_int")
 
@@ -46,6 +46,9 @@ class MixerCacheLayer(CacheLayerMixin):
     ) -> State:
         """The state for `batch` rows; initial values on first use.
 
+        The layer owns its tensors, so where no gradient is recorded a step may write the new state
+        over them. Reordering, repeating and copying a cache make new tensors.
+
         Raises:
             UnsupportedError: the cache holds another number of rows.
         """
@@ -58,11 +61,12 @@ class MixerCacheLayer(CacheLayerMixin):
                 f"the cache of '{site.fqn}' holds {rows} sequences but {batch} were passed; "
                 "start a new cache for another batch"
             )
-        return self.state
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return self.state if recorded else Owned(self.state)
 
     def store(self, state: State, new: int) -> None:
         """Keep the state after `new` more tokens."""
-        self.state = state
+        self.state = dict(state)
         self._count(self.seen + new)
 
     def _count(self, seen: int) -> None:

@@ -247,6 +247,39 @@ def test_batch_operations() -> None:
     assert cache.get_seq_length() == 13
 
 
+@pytest.mark.usefixtures("generated_kernels")
+def test_a_step_writes_over_the_state_that_the_cache_owns() -> None:
+    model = with_mixer(llama(), "hedgehog")
+    ids, _ = batch()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        place = cache.layers[0].state["S"].data_ptr()
+        whole = model(ids, use_cache=False).logits
+        for n in range(9, 12):
+            got = model(ids[:, n : n + 1], past_key_values=cache).logits
+            torch.testing.assert_close(got, whole[:, n : n + 1], atol=1e-4, rtol=1e-4)
+        assert cache.layers[0].state["S"].data_ptr() == place
+        twin = copy.deepcopy(cache)  # as prompt caches are reused
+        ours, theirs = (
+            model(ids[:, n : n + 1], past_key_values=c).logits for c, n in ((cache, 3), (twin, 12))
+        )
+        torch.testing.assert_close(theirs, whole[:, 12:], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(ours, theirs)
+    before = twin.layers[0].state["S"]
+    kept = before.clone()
+    model(ids[:, :1], past_key_values=twin)  # autograd may need what was there
+    assert torch.equal(before, kept) and twin.layers[0].state["S"] is not before
+
+
+@pytest.mark.usefixtures("generated_kernels")
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_owned_states_generate_like_no_cache(options: dict[str, Any]) -> None:
+    """Padded batches, and beams that are repeated, dropped and reordered."""
+    model = with_mixer(llama(), "hedgehog")
+    same(generate(model, **options), generate(model, use_cache=False, **options))
+
+
 def test_reset_starts_again() -> None:
     cache, layer, model = filled()
     ids, _ = batch()

@@ -92,7 +92,8 @@ def stepper(spec: Recurrence, dtype: torch.dtype) -> Step | NoKernel:
 
     It is called with q, k, v of `dtype`, then decay, beta, erase, add, bonus, start (float32) and
     cu_seqlens (int32), None where the spec has no such input, and returns the outputs and the end
-    state as `recurrence.forward` does. It has no limit on the number of tokens.
+    state as `recurrence.forward` does. It has no limit on the number of tokens. With `reuse` the
+    end state is written over `start`.
     """
     target = host_target()
     if isinstance(target, str):
@@ -114,6 +115,7 @@ def stepper(spec: Recurrence, dtype: torch.dtype) -> Step | NoKernel:
         bonus: Tensor | None = None,
         start: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        reuse: bool = False,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         rows, heads, tokens, _ = q.shape
@@ -129,7 +131,10 @@ def stepper(spec: Recurrence, dtype: torch.dtype) -> Step | NoKernel:
         if start is not None:
             start = start.contiguous()
         out = empty((q.shape[0], heads, tokens, value_dim), dtype=dtype)
-        end = empty((rows, kv_heads, key_dim, width), dtype=float32)
+        if reuse and start is not None:
+            end = start
+        else:
+            end = empty((rows, kv_heads, key_dim, width), dtype=float32)
         large = rows * kv_heads * key_dim * width >= PARALLEL
         kernel(
             _PACK(

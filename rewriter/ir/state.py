@@ -15,6 +15,16 @@ BATCH, KV_HEADS, HEADS, KEY_DIM, VALUE_DIM, HIDDEN, TOKENS = sympy.symbols(
     "B H_kv H D_k D_v D_m N", integer=True, positive=True
 )
 State = dict[str, torch.Tensor]
+
+
+class Owned(State):
+    """State tensors that nobody reads after the call: the new state may be written over them.
+
+    A cache layer hands its state out so, since it keeps what comes back and drops what it gave.
+    Kernels that cannot write in place take no notice.
+    """
+
+
 StateDtype = Literal["model", "float32", "bool", "int64"]
 _BYTES: Mapping[str, int] = {"float32": 4, "bool": 1, "int64": 8}
 

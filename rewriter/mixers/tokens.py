@@ -13,7 +13,7 @@ from torch import Tensor
 from rewriter.backends.registry import resolve
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.kernels import KernelSpec, state_of
-from rewriter.ir.state import State
+from rewriter.ir.state import Owned, State
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Tokens:
         valid: (B, n) bool, False at padding; None means all valid.
         bias: (1|B, 1|H, 1|n, seen + n) additive bias of the logits, or None.
         state: tensors of the mixer's `state_spec`, or None when the sequence starts here and
-            nothing is kept.
+            nothing is kept. Where it is `Owned`, kernels may write over them: it is handed to one
+            kernel, and not read afterwards.
     """
 
     q: Tensor
@@ -131,5 +132,6 @@ def attend(
 
 
 def part(state: Mapping[str, Tensor], spec: KernelSpec) -> State:
-    """The tensors of a mixer's state that belong to one spec."""
-    return {t.name: state[t.name] for t in state_of(spec).tensors}
+    """The tensors of a mixer's state that belong to one spec, owned if the state is."""
+    mine = {t.name: state[t.name] for t in state_of(spec).tensors}
+    return Owned(mine) if isinstance(state, Owned) else mine
