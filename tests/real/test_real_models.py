@@ -233,6 +233,16 @@ def test_mlp_mixers_pass_every_contract(mixer: str, smollm2: Any) -> None:
     assert {number for number, outcome in outcomes if outcome == "pass"} >= {1, 3, 4, 5, 6, 7}
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lossless_policy_passes_every_contract(dtype: str, smollm2: Any) -> None:
+    """As `rewrite(model, "exact")` does it; a failure would be raised."""
+    model = copy.deepcopy(smollm2).to(getattr(torch, dtype))
+    contracts = report_of(rewrite(model, "exact")).contracts
+    passed = {c.number for c in contracts if c.outcome == "pass"}
+    assert passed >= {1, 3, 4, 5, 6, 7, 8} and not [c for c in contracts if c.outcome == "fail"]
+
+
 def test_a_skeleton_shows_the_same(
     smollm2_source: Source, smollm2: Any, smollm2_found: Inspection
 ) -> None:
