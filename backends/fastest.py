@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from rewriter.backends.cache import VARIABLE as CACHE
 from rewriter.backends.cpu import linear as generated
-from rewriter.backends.cpu.target import host_target
 from rewriter.backends.measured import remembered
 from rewriter.backends.ops.choice import VARIABLE, switched_on
 from rewriter.timing import interleaved
@@ -74,7 +73,10 @@ def _seconds(
         return math.inf, 0.0
     name = f"{dtype} {N} x {K} rows {rows} transposed {transposed} threads {threads} {where[2]}"
     ours, theirs = remembered(
-        "linear", _source(), name, lambda: _measure(dtype, N, K, rows, transposed)
+        "linear",
+        generated.source_of(torch.float32),
+        name,
+        lambda: _measure(dtype, N, K, rows, transposed),
     )
     return ours, theirs
 
@@ -104,13 +106,3 @@ def _measure(
             clock="cpu" if torch.get_num_threads() == 1 else "wall",
         )
     return times["generated"].median, times["stock"].median
-
-
-@lru_cache(maxsize=1)
-def _source() -> str:
-    """The generated code."""
-    target = host_target()
-    if isinstance(target, str):
-        return target
-    unit = generated.unit_of(torch.float32, target, generated.parts_of(torch.float32, target))
-    return unit if isinstance(unit, str) else unit.source

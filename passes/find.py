@@ -15,14 +15,14 @@ from torch import nn
 from rewriter.ir.mlp import MlpSite
 from rewriter.ir.site import AttentionSite, NearMiss, Source
 from rewriter.passes.capture import Captured, capture
-from rewriter.passes.exact import linears
+from rewriter.passes.exact import gated, linears, norms
 from rewriter.passes.examples import Examples
 from rewriter.passes.locate import find_softmax_modules
 from rewriter.passes.match import Match, match
 from rewriter.passes.match.mlp import match_mlps
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.repeats import repeated
-from rewriter.plan import LinearLayer
+from rewriter.plan import FusedModule, LinearLayer
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Inspection:
             with `whole` the reason of that. Masks that come from outside a part are opaque.
         graph: of a model that traces as a whole.
         linears: linear layers of a model that traces as a whole, where they were asked for.
+        fused: likewise gated MLP blocks and normalisations that may run as one kernel.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -55,6 +56,7 @@ class Inspection:
     mlps: tuple[MlpSite, ...] = ()
     mlp_misses: tuple[NearMiss, ...] = ()
     linears: tuple[LinearLayer, ...] = ()
+    fused: tuple[FusedModule, ...] = ()
     graph: Graph | None = field(default=None, repr=False, compare=False)
 
 
@@ -62,14 +64,18 @@ def find(model: nn.Module, examples: Examples, layers: bool = False) -> Inspecti
     """Every attention block of the model that is understood, and a miss for every other one.
 
     Args:
-        layers: time and prove linear layers too (`passes.exact.linears`).
+        layers: time and prove linear layers, gated MLP blocks and normalisations too
+            (`passes.exact`).
     """
     primary, resized = examples.primary, examples.resized
     again = (resized.args, resized.kwargs)
     captured = capture(model, primary.args, primary.kwargs, resized=again, assume_finite=True)
     if not isinstance(captured, NearMiss):
         found = _matched(captured)
-        return replace(found, linears=tuple(linears.find(captured, model))) if layers else found
+        if not layers:
+            return found
+        fused = (*gated.find(model, found.mlps), *norms.find(captured, model))
+        return replace(found, linears=tuple(linears.find(captured, model)), fused=fused)
     try:
         inner = find_softmax_modules(model, primary.args, primary.kwargs)
     except Exception:  # it does not even run; the reason of the capture says where

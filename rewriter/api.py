@@ -17,7 +17,8 @@ from rewriter.errors import NoSiteError, UsageError, VerificationError
 from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.ir.site import NearMiss
 from rewriter.mixers.channel.base import Projection
-from rewriter.passes.exact import linears, padding
+from rewriter.passes.exact import padding
+from rewriter.passes.exact.rest import layers
 from rewriter.passes.examples import Examples, calls_of, examples_for
 from rewriter.passes.find import Inspection, find
 from rewriter.passes.realise import Caches, ReEmitted, realise, share_parameters, targets_of
@@ -100,7 +101,7 @@ def rewrite(
         plan = _beside_mlps(plan.model_copy(update={"mlps": mlps}))
         if isinstance(wanted, Policy) and wanted.packed and not superseded(plan.mlps):
             plan = plan.model_copy(update={"packed": padding.plan(model, result, examples)})
-        linears.apply(result, plan.linears)
+        layers(result, plan)
         padding.apply(result, plan.packed)
         clock.lap("realise")
         contracts = run_contracts(
@@ -184,7 +185,7 @@ def _plan(wanted: Policy | Plan, found: Inspection) -> Plan:
 
 def _plan_of(policy: Policy, found: Inspection) -> Plan:
     plan = make_plan(policy, found.sites, found.misses, found.mlps)
-    return plan.model_copy(update={"linears": list(found.linears)})
+    return plan.model_copy(update={"linears": list(found.linears), "fused": list(found.fused)})
 
 
 def _tokens_of(calibration: Sequence[Any], examples: Examples) -> torch.Tensor:
@@ -212,12 +213,15 @@ def _beside_mlps(plan: Plan) -> Plan:
     if not replaced:
         return plan
     gone = {"status": "refused", "reason": "structures replace its weights"}
-    layers = [
+    linears = [
         x.model_copy(update=gone) if f"{x.fqn}.{x.weight}" in replaced else x for x in plan.linears
     ]
+    inside = {f"{x.fqn}.": x for x in plan.fused if x.kind == "gated"}
+    touched = {x.fqn for at, x in inside.items() if any(w.startswith(at) for w in replaced)}
+    fused = [x.model_copy(update=gone) if x.fqn in touched else x for x in plan.fused]
     unproved = {"status": "refused", "reason": "it was proved with the original MLP weights"}
     packed = [x.model_copy(update=unproved) for x in plan.packed]
-    return plan.model_copy(update={"linears": layers, "packed": packed})
+    return plan.model_copy(update={"linears": linears, "fused": fused, "packed": packed})
 
 
 def _refuse_unproved(plan: Plan, proofs: Sequence[SiteProof]) -> Plan:

@@ -91,6 +91,28 @@ class LinearLayer(_Strict):
     gains: dict[str, float] = Field(default_factory=dict)
 
 
+class FusedModule(_Strict):
+    """A module that computes one region by one generated kernel.
+
+    Attributes:
+        fqn: the module.
+        kind: 'gated' for a gated MLP block, 'norm' for a normalisation.
+        facts: what its kernel needs to know: the block (`to_json` of an `MlpSite`), or the form of
+            the norm and the names of its parameters.
+        status, reason: as of a `Decision`.
+        error: largest difference of outputs, relative to the largest value.
+        gains: measured speed-up by number of rows.
+    """
+
+    fqn: str
+    kind: Literal["gated", "norm"]
+    facts: dict[str, Any] = Field(default_factory=dict)
+    status: Status = "planned"
+    reason: str | None = None
+    error: float = 0.0
+    gains: dict[str, float] = Field(default_factory=dict)
+
+
 class PackedLayer(_Strict):
     """A layer that leaves padding out of its computation.
 
@@ -120,6 +142,7 @@ class Plan(_Strict):
         policy: name of the policy it came from, for people.
         decisions: one per site, in the order the sites run.
         linears: linear layers that run on faster code, and those left alone with the reason.
+        fused: modules that run as one kernel, and those left alone with the reason.
         packed: layers that leave padding out, and those that do not with the reason.
         mlps: one per MLP block that a rule of the policy selects; all others stay as they are.
         misses: near misses as text.
@@ -131,6 +154,7 @@ class Plan(_Strict):
     tool: str = ""
     decisions: list[Decision] = Field(default_factory=list)
     linears: list[LinearLayer] = Field(default_factory=list)
+    fused: list[FusedModule] = Field(default_factory=list)
     packed: list[PackedLayer] = Field(default_factory=list)
     mlps: list[Decision] = Field(default_factory=list)
     misses: list[str] = Field(default_factory=list)
@@ -144,7 +168,7 @@ class Plan(_Strict):
                     x if x.status == "refused" else x.model_copy(update=done)
                     for x in getattr(self, name)
                 ]
-                for name in ("decisions", "linears", "packed", "mlps")
+                for name in ("decisions", "linears", "fused", "packed", "mlps")
             }
         )
 

@@ -32,7 +32,8 @@ _DEPTH = 384
 _LEAST = 96  # columns of a block, however long they are
 _TILE = 32  # rows and columns of a block of tiles; numbers along K in one step
 _TILED = 2**23  # bytes of tiles of the weights at a time
-_BAND = 5 * 2**17  # bytes of tiles of x of one thread: they stay in L2
+_BAND = 2**20  # bytes of tiles of x of one thread: they stay in L2
+GATES = {"silu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4, "identity": 5}
 
 
 @dataclass(frozen=True)
@@ -58,30 +59,76 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Raises:
         UnsupportedError: there is no kernel for the call.
     """
-    found = find(x.dtype)
+    return _run(_kernel(x.dtype), x, weight, bias)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The other matrix of a gated layer: the same size, dtype and strides as the first.
+
+    Attributes:
+        activation: a name in `GATES`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+
+
+def gated(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate) -> Tensor:
+    """f(x gate^T + gate bias) * (x weight^T + bias), (..., N), by one pass over x on matrix tiles.
+
+    Numbers are rounded to the dtype of x where a model rounds that computes one after the other.
+    Tensors as `forward` takes them.
+
+    Raises:
+        UnsupportedError: there is no kernel for the call.
+    """
+    found = _kernel(x.dtype)
+    if found.tiles is None:
+        raise UnsupportedError("gated layers need matrix tiles, which this processor has not")
+    if gate.weight.stride() != weight.stride():
+        raise UnsupportedError("the two matrices of a gated layer lie in different orders")
+    return _run(found, x, weight, bias, gate)
+
+
+def _kernel(dtype: torch.dtype) -> Kernel:
+    found = find(dtype)
     if isinstance(found, str):
         raise UnsupportedError(f"no CPU kernel serves this linear layer: {found}")
+    return found
+
+
+def _run(
+    found: Kernel, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate | None = None
+) -> Tensor:
     N, K = weight.shape
     rows = x.reshape(math.prod(x.shape[:-1]), K)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    other = None if gate is None else gate.weight
     if weight.stride(1) != 1 and weight.stride(0) != 1:
-        weight = weight.contiguous()
+        weight, other = weight.contiguous(), None if other is None else other.contiguous()
     bias = None if bias is None else bias.contiguous()
+    shift = None if gate is None or gate.bias is None else gate.bias.contiguous()
     out = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     M = rows.shape[0]
     if min(M, N) == 0:
         return out
+    if K == 0 and gate is not None:
+        raise UnsupportedError("a gated layer without inputs")
     if K == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
     threads = torch.get_num_threads()
     run, band = found.run, found.band
-    if M > SMALL and found.tiles is not None:
-        run = found.tiles
+    if gate is not None or (M > SMALL and found.tiles is not None):
+        assert found.tiles is not None
+        run, matrices = found.tiles, 1 if gate is None else 2
         numbers = -(-K // _TILE) * _TILE * found.parts  # of a row or column of tiles
-        band = _rounded(min(max(_BAND // (2 * numbers), 1), 256, M))
-        block = _rounded(min(max(_TILED // (2 * numbers), 1), N))
-        floats = (block * numbers + threads * band * (numbers + 2 * _TILE)) // 2
+        band = even_band(M, _BAND // (2 * numbers), threads)
+        block = _rounded(min(max(_TILED // (2 * numbers * matrices), 1), N))
+        own = band * (numbers + 2 * _TILE * matrices)
+        floats = (block * matrices * numbers + threads * own) // 2
     elif M <= SMALL and weight.stride(1) == 1:
         block, floats = 0, M * (K + 64)
     else:
@@ -95,10 +142,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             *(rows.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(out.data_ptr(), scratch.data_ptr(), M, N, K),
             *(rows.stride(0), *weight.stride(), N, block, threads, band),
+            *(0 if other is None else other.data_ptr(), 0 if shift is None else shift.data_ptr()),
+            0 if gate is None else GATES[gate.activation],
         ),
     )
     run(fields.buffer_info()[0])
     return out
+
+
+def even_band(rows: int, most: int, threads: int) -> int:
+    """Rows of a band of tiles: at most about `most`, and so that threads end at the same time."""
+    most = max(_TILE, min(256, most) // _TILE * _TILE)
+    sizes = range(most, max(most // 2, _TILE) - 1, -_TILE)
+    longest = {size: -(-rows // (size * threads)) * size for size in sizes}
+    return min(_rounded(rows), min(sizes, key=lambda size: (longest[size], -size)))
 
 
 def _rounded(n: int) -> int:
@@ -158,3 +215,10 @@ def _find(dtype: torch.dtype, target: Target, parts: int) -> Kernel | str:
     tiles = library.linear_tiles
     tiles.argtypes, tiles.restype = [ctypes.c_void_p], None
     return replace(found, tiles=tiles, parts=parts)
+
+
+def source_of(dtype: torch.dtype) -> str:
+    """The generated code for a dtype on this machine, or why there is none."""
+    target = host_target()
+    unit = target if isinstance(target, str) else unit_of(dtype, target, parts_of(dtype, target))
+    return unit if isinstance(unit, str) else unit.source

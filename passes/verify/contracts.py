@@ -13,7 +13,7 @@ from rewriter.ir.contract import ContractResult, judged
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.placed import core_at
 from rewriter.mixers.registry import get
-from rewriter.passes.exact import linears, padding
+from rewriter.passes.exact import fused, linears, padding
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target
 from rewriter.passes.realise.channel import superseded
@@ -77,6 +77,7 @@ def verify(
     out += check_round_trip(original, rewritten, targets, examples, caches, plan)
     if plan is not None:
         out += linears.results(rewritten, plan.linears)
+        out += fused.results(plan.fused, next(original.parameters()).dtype)
         out += padding.results(plan.packed, next(original.parameters()).dtype)
     touched = {t.site.fqn for t in changed}
     out += check_exact(

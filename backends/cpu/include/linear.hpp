@@ -19,6 +19,10 @@ struct Call {
     io_t* y;
     float* scratch;  // see `linear.py`; `band` is for linear_tiles.hpp
     long M, N, K, x_row, w_col, w_k, y_row, block, threads, band;
+    // Of linear_tiles.hpp: Y = f(gate) * (X W^T + bias), gate = X G^T + gate_bias, with the strides
+    // of W; `gated` is 0 or the number of f.
+    const io_t *gate, *gate_bias;
+    long gated;
 };
 
 // Columns first ... of W as panels [panel][k][PANEL]; columns behind N are 0.
