@@ -69,7 +69,7 @@ def _cell(number: int, results: Sequence[Result], notes: list[str]) -> str:
         length = told[0]["measured"]
         return "none" if length == float("inf") else f"{length:.0f}"
     if passed:
-        return f"`{len(passed)}`"
+        return f"`{sum(r['count'] for r in passed)}`"
     if not mine:
         _note(notes, f"{number}: {ABSENT.get(number, 'no such check')}")
     return "-"

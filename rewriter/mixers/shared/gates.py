@@ -22,7 +22,8 @@ class TokenGate(nn.Module):
     Computed in float32, since decays are sums over many tokens of what comes out.
 
     Adam moves every entry by the learning rate, so what a row gives moves with the number of its
-    inputs; the rate of a wider map is smaller by as much (Tensor Programs V, arXiv 2203.03466).
+    inputs. Where the start is a fit that this would undo, the rate of a wide map is smaller by as
+    much (Tensor Programs V, arXiv 2203.03466); a gate that starts neutral has a long way to go.
     """
 
     def __init__(
@@ -32,15 +33,16 @@ class TokenGate(nn.Module):
         start: float,
         rank: int | None = None,
         inner: Literal["identity", "tanh", "sigmoid"] = "identity",
+        fitted: bool = False,
     ) -> None:
-        """Args: width of the stream, outputs a token, initial b, rows of V, its activation."""
+        """Args: width of the stream, outputs a token, initial b, rows of V, its activation, and
+        whether the core starts from a fit."""
         super().__init__()
         self.inner = inner
         self.down = None if rank is None else nn.Parameter(_cosines(rank, width))
         self.weight = nn.Parameter(torch.zeros(out, width if rank is None else rank))
         self.bias = nn.Parameter(torch.full((out,), start))
-        inputs = {"down": width, "weight": self.weight.shape[1]}
-        self.rates = {name: min(1.0, TUNED / count) for name, count in inputs.items()}
+        self.rates = {"weight": min(1.0, TUNED / self.weight.shape[1])} if fitted else {}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, n, width) to (B, n, out) float32."""
@@ -54,10 +56,11 @@ class TokenGate(nn.Module):
 class OutputGate(nn.Module):
     """silu(W x + b) on every output channel; 1 at the start."""
 
-    def __init__(self, site: AttentionSite) -> None:
+    def __init__(self, site: AttentionSite, fitted: bool = False) -> None:
         super().__init__()
         self.heads = site.heads.query
-        self.linear = TokenGate(site.hidden_dim, self.heads * site.heads.value_dim, SILU_ONE)
+        out = self.heads * site.heads.value_dim
+        self.linear = TokenGate(site.hidden_dim, out, SILU_ONE, fitted=fitted)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, n, Dm) to (B, H, n, Dv) float32."""

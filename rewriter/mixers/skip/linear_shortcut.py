@@ -44,7 +44,8 @@ class LinearShortcut(Mixer):
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
-        self.map = TokenGate(site.hidden_dim, site.heads.query * site.heads.value_dim, 0.0)
+        out = site.heads.query * site.heads.value_dim
+        self.map = TokenGate(site.hidden_dim, out, 0.0, fitted=True)
 
     @classmethod
     def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:

@@ -77,7 +77,7 @@ class S4d(Mixer):
         read = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * math.sqrt(0.5)
         self.read = nn.Parameter(read if self.published else torch.zeros(shape))
         self.skip = nn.Parameter(torch.ones(heads.query, heads.value_dim))
-        self.gate = OutputGate(site)
+        self.gate = OutputGate(site, fitted=True)
 
     @classmethod
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
