@@ -111,7 +111,7 @@ class Moba(Mixer):
         own = part[:, None, keys.seen :, None]
         number = torch.arange(count, device=q.device)
         scores = (q.float() @ means.mT).masked_fill(number >= own, -torch.inf)
-        order = scores.sort(-1, descending=True, stable=True).indices  # of equals the earlier
+        order = scores.sort(dim=-1, descending=True, stable=True).indices  # of equals the earlier
         best = order[..., : self.blocks - 1]
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
         return (chosen & (number < own)) | (number == own)
