@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from rewriter.backends.registry import VARIABLE
+from rewriter.mixers.exact import fused
 
 os.environ.setdefault(VARIABLE, "reference")
 
@@ -39,3 +41,18 @@ def generated_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All backends, as a person has them."""
     monkeypatch.delenv(VARIABLE, raising=False)
     yield
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backends that ran an exact core."""
+    names: list[str] = []
+    resolve = fused.resolve
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        kernel = resolve(*args, **kwargs)
+        names.append(kernel.backend)
+        return kernel
+
+    monkeypatch.setattr(fused, "resolve", spy)
+    return names

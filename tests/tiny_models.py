@@ -36,6 +36,20 @@ def sharpen(model: nn.Module, factor: float = 3.0) -> nn.Module:
     return model
 
 
+def small_llama(seed: int = 0, **changes: Any) -> hf.LlamaForCausalLM:
+    """A Llama of two layers of width 32, for tests that need any decoder."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**sizes, **changes})).eval()
+
+
 CAUSAL: dict[str, Callable[[str], nn.Module]] = {
     "llama": lambda a: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, attn_implementation=a)),
     "mistral": lambda a: hf.MistralForCausalLM(

@@ -6,8 +6,9 @@ import copy
 from typing import Any, ClassVar
 
 import torch
+from tiny_models import small_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from rewriter.ir.mask import Causal, KeyPadding, Mask
@@ -77,19 +78,14 @@ class StandInAttention(LlamaAttention):  # type: ignore[misc]
 
 
 def tiny_teacher(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return small_llama(
+        seed,
         vocab_size=VOCABULARY,
-        hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.2,  # large enough that attention moves the logits
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def tiny_student(teacher: LlamaForCausalLM) -> LlamaForCausalLM:

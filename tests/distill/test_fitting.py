@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import small_llama
+from transformers import LlamaForCausalLM
 
 from rewriter.api import inspect
 from rewriter.distill import distill, parse_config
@@ -22,16 +23,7 @@ MIXERS = ("gla", "linear_shortcut")
 
 @pytest.fixture(scope="module")
 def teacher() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return small_llama(vocab_size=61)
 
 
 @pytest.fixture(scope="module")

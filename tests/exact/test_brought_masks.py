@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rewriter
-from rewriter.mixers.exact import fused as module
 
 pytestmark = pytest.mark.usefixtures("generated_kernels")
 
@@ -78,20 +75,6 @@ MASKS = {
     "causal documents": "causal & documents",
     "documents": "documents",
 }
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    resolve = module.resolve
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        kernel = resolve(*args, **kwargs)
-        names.append(kernel.backend)
-        return kernel
-
-    monkeypatch.setattr(module, "resolve", spy)
-    return names
 
 
 @pytest.mark.parametrize("kind", MASKS)

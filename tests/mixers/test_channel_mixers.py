@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rewriter.mixers.channel import registry
-from rewriter.mixers.channel.base import Dense, Projection
-from rewriter.mixers.channel.lowrank_mlp import DAMPING, LowRankMlp
+from rewriter.mixers.channel.base import DAMPING, Dense, Projection
+from rewriter.mixers.channel.lowrank_mlp import LowRankMlp
 from rewriter.mixers.channel.monarch_mlp import Monarch, MonarchMlp
 
 BOTH = (LowRankMlp, MonarchMlp)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from transformers import DynamicCache
 
 from rewriter.ir.mask import Atom, Causal, KeyPadding, Mask, SymmetricWindow, Window
 from rewriter.ir.site import AttentionSite, FillTerm, Scale, Softcap
-from rewriter.mixers.exact import fused as module
 from rewriter.mixers.exact.fused import Fused, FusedOptions
 from rewriter.mixers.exact.keep import Keep, KeepOptions
 
@@ -33,21 +31,6 @@ SITES: dict[str, AttentionSite] = {
         score=(Scale(0.25), Softcap(3.0), FillTerm(0, -math.inf, keep=True)),
     ),
 }
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the backends that ran a core."""
-    names: list[str] = []
-    resolve = module.resolve
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        kernel = resolve(*args, **kwargs)
-        names.append(kernel.backend)
-        return kernel
-
-    monkeypatch.setattr(module, "resolve", spy)
-    return names
 
 
 def pair(site: AttentionSite, layer: int | None = None) -> tuple[Fused, Keep]:

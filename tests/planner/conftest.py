@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import small_llama
 
 import rewriter
 from rewriter.ir.site import AttentionSite
@@ -12,18 +12,13 @@ from rewriter.ir.site import AttentionSite
 
 @pytest.fixture(scope="session")
 def model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
+    return small_llama(
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
-        intermediate_size=48,
         initializer_range=0.3,
         eos_token_id=2,
     )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")

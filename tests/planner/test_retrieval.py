@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import small_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rewriter.api import inspect
 from rewriter.errors import UsageError
@@ -108,18 +108,7 @@ def test_each_block_of_a_module_has_its_own_scores(runs: int) -> None:
 
 @pytest.mark.nightly  # tracing
 def test_scores_are_those_of_the_models_own_weights() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=41,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="eager",
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama(vocab_size=41, attn_implementation="eager", initializer_range=0.3)
     sites = inspect(model).sites
     scores = head_scores(model, sites, period=9, repeats=3)
     generator = torch.Generator().manual_seed(0)

@@ -24,17 +24,20 @@ from rewriter.ir.mlp import MlpSite
 from rewriter.mixers.base import MixerOptions, Tier
 
 Sizes = dict[str, int]
+DAMPING = 1e-4  # of a second moment, relative to its mean diagonal
 
 
 class ChannelOptions(MixerOptions):
     """Options every channel mixer has.
 
     Attributes:
+        ratio: parameters kept, as a share of the dense matrix.
         projections: which ones are replaced; a fused gate and up projection counts as 'up'.
         sizes: structure sizes by projection, written by the rewrite into its plan; sizes given
             by hand win over what the mixer would choose.
     """
 
+    ratio: float = Field(default=0.5, gt=0.0, le=2.0)
     projections: tuple[str, ...] = ("gate", "up", "down")
     sizes: dict[str, Sizes] = Field(default_factory=dict)
 
@@ -62,6 +65,17 @@ class Dense:
 
     weight: torch.Tensor
     moment: torch.Tensor | None = None
+
+    def damped(self) -> torch.Tensor:
+        """(input, input) fp64 second moment, away from zero; the unit matrix where none is known.
+
+        Channels that calibration never saw must not count as free.
+        """
+        unit = torch.eye(self.weight.shape[1], dtype=torch.float64, device=self.weight.device)
+        if self.moment is None:
+            return unit
+        moment = self.moment.double().to(unit.device)
+        return moment + DAMPING * moment.diagonal().mean().clamp_min(1e-30) * unit
 
 
 class Structure(nn.Module):

@@ -25,21 +25,15 @@ from rewriter.mixers.channel.base import (
     Structure,
 )
 
-DAMPING = 1e-4
-"""Added to the second moment, relative to its mean diagonal: channels that calibration never saw
-must not count as free."""
-
 
 class LowRankOptions(ChannelOptions):
     """Options of lowrank_mlp.
 
     Attributes:
-        ratio: parameters kept, as a share of the dense matrix.
         energy: if given, the smallest rank that keeps this share of E |W x|^2, instead of `ratio`.
         weighting: which second moment of the inputs decides: all of it, its diagonal, or none.
     """
 
-    ratio: float = Field(default=0.5, gt=0.0, le=2.0)
     energy: float | None = Field(default=None, gt=0.0, le=1.0)
     weighting: Literal["full", "diagonal", "none"] = "full"
 
@@ -116,15 +110,5 @@ def spectrum(dense: Dense) -> tuple[torch.Tensor, torch.Tensor]:
     They are the eigenpairs of W E[x x^T] W^T, so no factor C is needed.
     """
     weight = dense.weight.double()
-    moment = damped(dense, weight.shape[1]).to(weight.device)
-    values, vectors = torch.linalg.eigh(weight @ moment @ weight.mT)
+    values, vectors = torch.linalg.eigh(weight @ dense.damped() @ weight.mT)
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
-
-
-def damped(dense: Dense, inputs: int) -> torch.Tensor:
-    """(input, input) fp64 second moment; the unit matrix where none is known."""
-    unit = torch.eye(inputs, dtype=torch.float64)
-    if dense.moment is None:
-        return unit
-    level = dense.moment.diagonal().double().mean().clamp_min(1e-30)
-    return dense.moment.double() + DAMPING * level * unit.to(dense.moment.device)

@@ -31,12 +31,10 @@ class MonarchOptions(ChannelOptions):
     """Options of monarch_mlp.
 
     Attributes:
-        ratio: parameters kept, as a share of the dense matrix; decides the rank of the slices.
         blocks: blocks on either side; the divisor nearest to the root of the width by default.
         weighting: scale the columns by the root mean square of what they read before the SVD.
     """
 
-    ratio: float = Field(default=0.5, gt=0.0, le=2.0)
     blocks: int | None = Field(default=None, ge=1)
     weighting: bool = True
 
@@ -73,7 +71,7 @@ class Monarch(Structure):
     def fit(self, dense: Dense) -> None:
         """Rank-b SVD of every slice, singular values shared evenly by both factors."""
         weight = dense.weight.double()
-        scale = _scale(dense).to(weight.device)
+        scale = dense.damped().diagonal().sqrt()  # root mean square of each input channel
         slices = (weight * scale).reshape(-1, self.outer, self.inner, weight.shape[1] // self.inner)
         u, sigma, v = torch.linalg.svd(slices.permute(1, 2, 0, 3), full_matrices=False)
         rank = min(self.rank, sigma.shape[-1])
@@ -138,12 +136,3 @@ def near_root(width: int) -> int:
     """The divisor of `width` nearest to its square root."""
     divisors = [d for d in range(1, width + 1) if width % d == 0]
     return min(divisors, key=lambda d: abs(d - width**0.5))
-
-
-def _scale(dense: Dense) -> torch.Tensor:
-    """(input,) fp64 root mean square of each input channel, kept away from zero; or ones."""
-    inputs = dense.weight.shape[1]
-    if dense.moment is None:
-        return torch.ones(inputs, dtype=torch.float64)
-    power = dense.moment.diagonal().double()
-    return (power + 1e-4 * power.mean().clamp_min(1e-30)).sqrt()
