@@ -62,13 +62,11 @@ def _joint_refusal(
 ) -> str | None:
     if backend != "cpu":
         return "the joint window and linear form has no kernel there"
-    if needs_grad:
-        return "the joint window and linear form has no generated backward"
     if spec.hidden:
         return "a form with a branch switched off has no generated kernel"
     near, far = lowering.joint_form(spec, _WIDTH, _WIDTH)
-    reason = declines(backend, "block_sparse", near, dtype, False)
-    return reason or declines(backend, "recurrence", far, torch.float32, False)
+    reason = declines(backend, "block_sparse", near, dtype, needs_grad)
+    return reason or declines(backend, "recurrence", far, torch.float32, needs_grad)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from functools import lru_cache
 
 import sympy
 import torch
-import torch.nn.functional as F
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from rewriter.backends.calls import block_sparse, declines, raw_kernels, recurrence
-from rewriter.backends.inputs import BlockSparseInputs
+from rewriter.backends.calls import block_sparse, declines
+from rewriter.backends.joint import JointForm, JointTraining, mixed, parts
 from rewriter.backends.ops.codec import encode
-from rewriter.backends.ops.eager import unwatched
+from rewriter.backends.ops.eager import only_recorded, unwatched
 from rewriter.backends.reference.joint import joint_window_linear
 from rewriter.backends.reference.near import Context, context_of, next_state
 from rewriter.backends.reference.sinks import gather_sinks
@@ -132,38 +131,45 @@ def joint(
     valid: Tensor | None = None,
     state: State | None = None,
 ) -> tuple[Tensor, State | None]:
-    """As the reference's `joint_window_linear`; whole sequences without gradients run generated."""
-    B, H, n, Dk = q.shape
-    whole = (
+    """As the reference's `joint_window_linear`; whole sequences run generated, gradients too."""
+    n = q.shape[-2]
+    tensors = (q, k, v, fq, ratio)
+    plain = unwatched(*tensors)
+    trains = not plain and state is None and only_recorded(*tensors)
+    form = None
+    if (
         n > spec.window
         and valid is None
         and not spec.hidden
-        and unwatched(q, k, v, fq, ratio)
+        and (plain or trains)
         and (state is None or _fresh(state))
-    )
-    form = joint_form(spec, Dk, v.shape[-1]) if whole else None
-    if form is None or (
-        declines(backend, "block_sparse", form[0], v.dtype, False)
-        or declines(backend, "recurrence", form[1], torch.float32, False)
     ):
+        form = _joint(backend, spec, q.shape[-1], v.shape[-1], v.dtype, trains)
+    if form is None:
         return joint_window_linear(spec, q, k, v, fq, key_features, ratio, valid=valid, state=state)
-    top = torch.empty((B, H, n), dtype=torch.float32)
-    x = BlockSparseInputs(q.to(v.dtype), k.to(v.dtype), v)
-    out, lse = raw_kernels(backend, "block_sparse").forward(form[0], x, top)
-    near = (lse - top).exp()[..., None]
-    # Token t reads the keys up to t - window: an exclusive read, `window - 1` tokens late.
-    late = spec.window - 1
-    features = key_features(k[:, :, : n - late]).float()
-    values = F.pad(v[:, :, : n - late].float(), (0, 1), value=1.0)
-    values[:, :, : spec.sinks] = 0.0
-    start = None if state is None else {"S": state["far"]}
-    text = encode(form[1])
-    far, end = recurrence(
-        backend, form[1], text, text, fq[:, :, late:].float(), features, values, state=start
-    )
-    mass = torch.cat((out.float() * near, near), -1)
-    mass[:, :, late:] += ratio.float()[None, :, None, None] * far
-    mixed = (mass[..., :-1] / mass[..., -1:]).to(v.dtype)
-    if state is None or end is None:
-        return mixed, None
-    return mixed, {**_after(_near(spec), k, v, state), "far": end["S"]}
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    features = key_features(k[:, :, : n - form.late])
+    if not unwatched(*tensors, features):
+        out: Tensor = JointTraining.apply(form, q, k, v, fq, features, ratio)  # type: ignore[no-untyped-call]
+        return out, None
+    x = parts(form, q, k, v, fq, features, None if state is None else state["far"])
+    out = mixed(form, x, ratio)
+    return out, None if state is None else {**_after(_near(spec), k, v, state), "far": x.end}
+
+
+@lru_cache(maxsize=256)
+def _joint(
+    backend: str,
+    spec: JointWindowLinear,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    needs_grad: bool,
+) -> JointForm | None:
+    """The two kernels of a joint form, or None where the backend lacks one."""
+    near, far = joint_form(spec, key_dim, value_dim)
+    if declines(backend, "block_sparse", near, dtype, needs_grad) or declines(
+        backend, "recurrence", far, torch.float32, needs_grad
+    ):
+        return None
+    return JointForm(backend, spec, near, far)

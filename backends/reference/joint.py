@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from rewriter.backends.reference.near import Context, attend, next_state
-from rewriter.backends.reference.precision import full_precision
+from rewriter.backends.reference.precision import full_precision, wide
 from rewriter.backends.reference.recurrence.flow import Flow
 from rewriter.backends.reference.recurrence.normaliser import normalise, with_ones
 from rewriter.backends.reference.recurrence.scan import scan
@@ -69,7 +69,7 @@ def joint_window_linear(
             flow = Flow(fq.to(dtype), leaving.to(dtype), values, exclusive=True)
             read, end = scan(flow, None if state is None else state["far"].to(dtype))
             if "linear" not in spec.hidden:
-                mass = mass + ratio.float()[None, :, None, None] * read
+                mass = mass + wide(ratio)[None, :, None, None] * read
             if state is not None:
                 after = {**next_state(near_spec, context, state, n), "far": end}
         return normalise(mass).to(v.dtype), after

@@ -199,8 +199,12 @@ class MatchLogits:
         self.groups = [[*self.core, *self.body]]
 
     def backward(self, rows: Rows, scale: float) -> Losses:
-        with torch.no_grad():
-            target = _logits(call(self.teacher, rows))
+        out = _logits(call(self.student, rows))
+        if self.options.ce < 1:
+            with torch.no_grad():
+                target = _logits(call(self.teacher, rows))
+        else:
+            target = out  # the divergence has no weight: no teacher is needed
         labels = None
         if self.options.ce > 0:
             labels = torch.full_like(rows.ids, -1)
@@ -208,7 +212,7 @@ class MatchLogits:
             if rows.mask is not None:
                 labels[:, :-1][rows.mask[:, 1:] == 0] = -1
         loss = divergence(
-            _logits(call(self.student, rows)),
+            out,
             target,
             rows.mask,
             labels,
