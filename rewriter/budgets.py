@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
+from rewriter.errors import UsageError
+
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*x")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|kB|MB|GB)?")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s)?")
@@ -23,6 +25,18 @@ _UNITS = {
     "MiB": 2.0**20,
     "GiB": 2.0**30,
 }
+
+
+def size_in_bytes(text: str) -> int:
+    """'8 GB', '500 MiB', '4096' as bytes.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"'{text}' is no size; write '8 GB', '500 MiB' or a number of bytes")
+    return int(float(match[1]) * _UNITS.get(match[2] or "", 1.0))
 
 
 class _Strict(BaseModel):

@@ -23,12 +23,13 @@ from rewriter.passes.verify.compare import max_difference
 from rewriter.passes.verify.cores import check_core
 from rewriter.passes.verify.exact import BOUND, check_exact
 from rewriter.passes.verify.gap import check_gap
+from rewriter.passes.verify.layers import check_layers
 from rewriter.passes.verify.proof import EXACT, SiteProof, cached_difference
 from rewriter.passes.verify.speed import check_speed
 from rewriter.passes.verify.whole import check_model, run_call
 from rewriter.plan import Plan
 
-Level = Literal["full", "quick", "none"]
+Level = Literal["full", "quick", "layers", "none"]
 
 
 def verify(
@@ -54,7 +55,8 @@ def verify(
         targets: what was rewritten to what.
         proofs: the site proofs (`prove_sites`).
         examples: how to call the model.
-        level: 'full'; 'quick' leaves out speed and the teacher gap; 'none' runs nothing.
+        level: 'full'; 'quick' leaves out speed and the teacher gap; 'layers' runs the original a
+            few times, and what was rewritten module by module; 'none' runs nothing.
         wanted_length, forced: for contract 10, see `check_speed`.
         caches: traces made so far, see `realise`.
         plan: what was done beside attention.
@@ -67,14 +69,19 @@ def verify(
     causal = bool(targets) and all(t.site.mask.causal for t in targets)
     out: list[ContractResult] = []
     # After the model has run with every pattern of absent inputs, all emissions are known.
-    out += check_model(original, rewritten, examples, causal)
+    if level == "layers":
+        out += check_layers(original, rewritten, targets, proofs, examples)
+    else:
+        out += check_model(original, rewritten, examples, causal)
     out += check_accounting(rewritten, targets)
     for core, subject in _distinct(rewritten, changed):
         out += check_core(core, subject)
-    out += _identity(original, identity, proofs, examples)
+    if level != "layers":
+        out += _identity(original, identity, proofs, examples)
     mlps = plan.mlps if plan is not None else ()
     out += check_keys(original, rewritten, mlps)
-    out += check_round_trip(original, rewritten, targets, examples, caches, plan)
+    if level != "layers":
+        out += check_round_trip(original, rewritten, targets, examples, caches, plan)
     if plan is not None:
         out += linears.results(rewritten, plan.linears)
         out += fused.results(plan.fused, next(original.parameters()).dtype)
@@ -84,11 +91,12 @@ def verify(
         original, rewritten, [t for t in exact if t.site.fqn not in touched], examples
     )
     out += check_mlps(original, rewritten, mlps, mlp_proofs, examples)
-    if not changed and not superseded(mlps):
+    if level != "layers" and not changed and not superseded(mlps):
         packed = plan is not None and any(x.status != "refused" for x in plan.packed)
         out += _lossless(original, rewritten, examples, packed)
-    if level == "full":
+    if level in ("full", "layers"):
         out += check_gap(original, rewritten, changed, examples)
+    if level == "full":
         for core, subject in _distinct(rewritten, [t for t in targets if t.mixer != EXACT]):
             out += check_speed(core, subject, wanted_length, forced)
     return sorted(out, key=lambda result: result.number)

@@ -6,7 +6,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -22,6 +21,7 @@ from rewriter.checkpoint.architecture import causal_lm_class
 from rewriter.checkpoint.gguf_header import scan
 from rewriter.checkpoint.gguf_speed import quick_reading
 from rewriter.checkpoint.quiet import quiet, reason
+from rewriter.checkpoint.skeleton import untouched
 from rewriter.errors import InputError
 
 MAGIC = b"GGUF"
@@ -119,7 +119,7 @@ def read_skeleton(
     if not complete:
         return None
     for parameter in model.parameters():
-        parameter.data = _untouched(parameter)
+        parameter.data = untouched(parameter)
     model.config.architectures = [cls.__name__]
     return model
 
@@ -138,12 +138,6 @@ def _complete(path: Path, model: PreTrainedModel) -> bool:
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     wanted = {n: p.numel() for n, p in model.named_parameters() if n not in tied}
     return all(stored.get(name) == size for name, size in wanted.items())
-
-
-def _untouched(like: torch.Tensor) -> torch.Tensor:
-    """Zeros whose memory the system gives when they are written, which nobody does."""
-    kind = {2: np.int16, 4: np.int32, 8: np.int64}[like.element_size()]
-    return torch.from_numpy(np.zeros(tuple(like.shape), kind)).view(like.dtype)
 
 
 def _guarded(path: Path, what: str, auto: Any, opened: Opened | None = None) -> Any:

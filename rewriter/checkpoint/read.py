@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rewriter.checkpoint import architecture, gguf, weights
+from rewriter.checkpoint import architecture, gguf, skeleton, weights
 from rewriter.checkpoint.quiet import quiet, reason
 from rewriter.errors import InputError, UsageError
 
@@ -122,16 +122,34 @@ class Source:
     def skeleton(self) -> PreTrainedModel:
         """A model with the graph of `model`, for questions that no weight decides.
 
-        Of a GGUF file it holds zeros that take no memory, after names and sizes of the stored
-        tensors were checked, since de-quantising takes longer than reading a graph. Of other
-        checkpoints it is the model. Raises InputError as `model`.
+        It holds zeros that take no memory, after names and sizes of the stored tensors were
+        checked: de-quantising takes longer than reading a graph, and a model may be larger than
+        memory. Where they do not match one to one it is the model. Raises InputError as `model`.
         """
+        made: PreTrainedModel | None = None
         if self.kind == "gguf":
             made = gguf.read_skeleton(self.path, self.config, self.dtype, self._opened)
-            if made is not None:
-                made.config.name_or_path = str(self.path)
-                return made.eval()
-        return self.model
+        elif self._weights is not None and self._config_path is not None:
+            dtype = self.dtype or self._weights.stored_dtype
+            made = skeleton.of_files(self.config, self._config_path, dtype, self._weights)
+        if made is None:
+            return self.model
+        made.config.name_or_path = str(self.path)
+        return made.eval()
+
+    @property
+    def mapped_files(self) -> tuple[Path, ...]:
+        """The files that the weights of `model` stay in, mapped; none if they are converted."""
+        found = self._weights
+        if found is None or self.dtype not in (None, found.stored_dtype):
+            return ()
+        return found.files
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files (of a GGUF file: before they are de-quantised)."""
+        files = (self.path,) if self._weights is None else self._weights.files
+        return sum(file.stat().st_size for file in files)
 
     def _load_weights(self) -> tuple[PreTrainedModel, Mapping[str, Any]]:
         assert self._weights is not None

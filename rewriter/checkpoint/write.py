@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    after_shard: Callable[[], object] | None = None,
 ) -> Path:
     """Write the model, its plan and its tokenizer; all of it or nothing.
 
@@ -64,6 +65,7 @@ def save(
         tokenizer: saved along.
         overwrite: replace an existing checkpoint at `path`.
         max_shard_bytes: largest weight file.
+        after_shard: called after each weight file, to free what it took.
 
     Returns:
         The directory.
@@ -76,7 +78,7 @@ def save(
     contents = collect(model)
     with atomic.directory(target, overwrite, contents.bytes + _ROOM) as partial:
         try:
-            files = _write_weights(contents, partial, max_shard_bytes)
+            files = _write_weights(contents, partial, max_shard_bytes, after_shard)
         except SafetensorError as error:
             raise _write_error(target, error) from error
         manifest = Manifest(
@@ -147,7 +149,9 @@ def shards(contents: Contents, limit: int) -> Iterator[dict[str, torch.Tensor]]:
     yield current
 
 
-def _write_weights(contents: Contents, folder: Path, limit: int) -> list[WeightFile]:
+def _write_weights(
+    contents: Contents, folder: Path, limit: int, after: Callable[[], object] | None
+) -> list[WeightFile]:
     parts = list(shards(contents, limit))
     files, mapping = [], {}
     for number, part in enumerate(parts, start=1):
@@ -158,6 +162,8 @@ def _write_weights(contents: Contents, folder: Path, limit: int) -> list[WeightF
         save_file(_separate(plain), path, metadata={"format": "pt"})
         files.append(WeightFile(name=name, bytes=path.stat().st_size, sha256=sha256_of(path)))
         mapping.update(dict.fromkeys(part, name))
+        if after is not None:
+            after()
     index = {"metadata": {"total_size": contents.bytes}, "weight_map": mapping}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files

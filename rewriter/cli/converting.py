@@ -9,9 +9,11 @@ import typer
 
 from rewriter.cli.checkpoints import Checkpoint, Dtype, open_original
 from rewriter.cli.session import Json, Session, Threads, Traceback, check_target, session
-from rewriter.errors import UsageError, VerificationError
+from rewriter.errors import InputError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from rewriter.checkpoint.paging import Pages
+    from rewriter.checkpoint.read import Source
     from rewriter.plan import Plan
     from rewriter.policy import Policy
     from rewriter.report import Report
@@ -33,9 +35,22 @@ def convert(
     ] = False,
     dtype: Dtype = "auto",
     verify: Annotated[
-        Literal["full", "quick", "none"],
-        typer.Option(help="Which contracts to check; quick leaves out timing and teacher gap."),
-    ] = "full",
+        Literal["full", "quick", "layers", "none"] | None,
+        typer.Option(
+            help="Which contracts to check: quick leaves out timing and teacher gap, layers checks "
+            "module by module.",
+            show_default="full, or layers of a model larger than --memory",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What it may take, such as '8 GB'; the weights of a larger model stay in their "
+            "files and are read layer by layer.",
+            show_default="half of what is free",
+        ),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens at which the rewrite must not be slower than before."),
@@ -55,25 +70,30 @@ def convert(
 
     The checkpoint appears at --out whole or not at all. Exit code 4: no attention to rewrite; 5: a
     contract failed, and nothing was written.
+
+    A model may be larger than memory: weights of its own dtype are mapped from their files, read
+    layer by layer and written one file at a time.
     """
     with session(as_json, threads) as out:
         check_target(target, overwrite)
         wanted = _wanted(policy, plan)
+        room = _room(memory)
         from rewriter.api import plan_of, report_of, rewrite
-        from rewriter.checkpoint.write import save
+        from rewriter.checkpoint.write import MAX_SHARD_BYTES, save
 
         source = open_original(checkpoint, dtype)
+        pages = _pages(source, room)
         with out.working("loading the model"):
             model = source.model
             tokenizer = source.tokenizer if source.has_tokenizer else None
         try:
-            with out.working("rewriting and proving"):
+            with out.working("rewriting and proving"), pages.kept_within():
                 student = rewrite(
                     model,
                     wanted,
                     # warnings are written here, as one line each
                     on_miss="error" if on_miss == "error" else "ignore",
-                    verify=verify,
+                    verify=verify or ("layers" if pages.files else "full"),
                     length=length,
                     force=force,
                 )
@@ -88,10 +108,37 @@ def convert(
                 out.warn(f"not rewritten: {miss.describe()}")
         _show(out, report)
         with out.working("saving"):
-            save(student, target, plan_of(student), tokenizer, overwrite)
+            shard = min(MAX_SHARD_BYTES, room // 4)
+            save(student, target, plan_of(student), tokenizer, overwrite, shard, pages.give_back)
         note = "" if tokenizer is not None else " (the source has no tokenizer to save along)"
         out.show("", f"saved to {target}{note}")
         out.result({"checkpoint": str(checkpoint), "out": str(target), **report.to_json()})
+
+
+def _room(memory: str | None) -> int:
+    from rewriter.budgets import size_in_bytes
+    from rewriter.checkpoint.paging import available_bytes
+
+    return available_bytes() // 2 if memory is None else size_in_bytes(memory)
+
+
+def _pages(source: Source, room: int) -> Pages:
+    """What keeps a model larger than `room` bytes out of memory; of a smaller one it does nothing.
+
+    Raises:
+        InputError: the weights are larger and have to be converted, so they cannot stay in files.
+    """
+    from rewriter.checkpoint.paging import Pages
+
+    if source.weight_bytes <= room:
+        return Pages((), room)
+    if not source.mapped_files:
+        raise InputError(
+            f"{source.path} has {source.weight_bytes / 1e9:.1f} GB of weights, more than the "
+            f"{room / 1e9:.1f} GB of memory for them, and only safetensors of the dtype they are "
+            "stored in stay in their files; leave out --dtype, or raise --memory"
+        )
+    return Pages(source.mapped_files, room // 8)
 
 
 def _wanted(policy: str | None, plan: Path | None) -> Policy | Plan:

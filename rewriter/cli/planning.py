@@ -61,8 +61,9 @@ def plan(
         if wanted.budget is not None and not text:
             raise UsageError("a budget is measured on text: give at least one --text FILE")
         source = open_original(checkpoint)
+        measured = wanted.budget is not None or wanted.linears  # on the weights themselves
         with out.working("loading the model"):
-            model = source.model
+            model = source.model if measured else source.skeleton
         more: dict[str, Any] = {}
         if wanted.budget is None:
             from rewriter.api import make_plan_for
