@@ -21,6 +21,7 @@ from rich.table import Column, Table
 import rewriter
 from rewriter.bench.machine import this_machine
 from rewriter.checkpoint import open_checkpoint
+from rewriter.evaluate.speed import cache_bytes
 from rewriter.passes.realise.cache_probe import new_cache
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -30,16 +31,6 @@ POLICIES: dict[str, Any] = {
     "hedgehog_window 64+4": {"rules": [{"use": "hedgehog_window"}]},
     "hedgehog": "hedgehog",
 }
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of every tensor that a cache holds."""
-    total = 0
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            items = value.values() if isinstance(value, dict) else [value]
-            total += sum(t.element_size() * t.numel() for t in items if isinstance(t, torch.Tensor))
-    return total
 
 
 def main() -> None:

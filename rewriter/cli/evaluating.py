@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,14 @@ def evaluate(
     teacher: Annotated[
         Path | None, typer.Option(help="The original checkpoint, to compare with.")
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Another checkpoint to measure in a column of its own, such as a window-only "
+            "rewrite or a teacher trained as long as the student; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Rows of text to score.")] = 4,
     length: Annotated[int, typer.Option(min=4, help="Tokens a row.")] = 1024,
     held_out: Annotated[
@@ -46,7 +55,11 @@ def evaluate(
         ),
     ] = 0.0,
     metrics: Annotated[
-        str, typer.Option(help="Which to measure, separated by commas.")
+        str,
+        typer.Option(
+            help="Which to measure, separated by commas; there are also recall (key and value "
+            "pairs), lists (nested lists) and speed (times and cache by length)."
+        ),
     ] = "perplexity,copy,passkey,teacher",
     gap: Annotated[int, typer.Option(min=0, help="Tokens between a passage and its copy.")] = 700,
     branches: Annotated[
@@ -60,7 +73,8 @@ def evaluate(
     """Measure quality: perplexity, copying, pass keys, and the distance to the original.
 
     Plain perplexity hardly notices that a model cannot look back, so it is never shown alone. An
-    encoder is judged by how well its sentence similarities agree with the original's.
+    encoder is judged by how well its sentence similarities agree with the original's, one with a
+    language head by the hidden tokens that it guesses.
     """
     with session(as_json, threads) as out:
         from rewriter.cli.show_quality import quality_view
@@ -70,6 +84,7 @@ def evaluate(
         suite = SuiteOptions(metrics=chosen, rows=blocks, copy_gap=gap)  # refuses unknown names
         source = open_source(checkpoint, dtype)
         other = None if teacher is None else open_source(teacher, dtype)
+        more = {_column(path, n): open_source(path, dtype) for n, path in enumerate(beside or [])}
         with out.working("loading"):
             tokenizer, model = source.tokenizer, source.model
             original = None if other is None else other.model
@@ -79,11 +94,21 @@ def evaluate(
                 same_tokens(other.tokenizer, tokenizer, texts[0])
             suite = _fitting(suite, length, positions_of(source.config))
             rows = _rows(texts, tokenizer, length, held_out)
-            report = _language_report(out, model, original, tokenizer, rows, suite, branches)
+            for companion in more.values():
+                same_tokens(companion.tokenizer, tokenizer, texts[0])
+            report = _language_report(
+                *(out, model, original, tokenizer, rows, suite, branches),
+                {name: companion.model for name, companion in more.items()},
+            )
         elif original is None:
             raise UsageError("an encoder is judged against the original; give it with --teacher")
         else:
-            report = _encoder_report(out, model, original, tokenizer, text or [], branches)
+            guesses = callable(getattr(model, "get_output_embeddings", None))
+            if guesses and model.get_output_embeddings() is not None:
+                rows = _rows(documents(text or []), tokenizer, min(length, 128), held_out)
+                report = _masked_report(out, model, original, tokenizer, rows[:blocks])
+            else:
+                report = _encoder_report(out, model, original, tokenizer, text or [], branches)
         out.show(*quality_view(report))
         out.result(
             {
@@ -115,8 +140,17 @@ def _fitting(suite: SuiteOptions, length: int, positions: int | None) -> SuiteOp
                 "less, or leave the measure out with --metrics"
             )
     most = positions - ANSWER_ROOM
-    lengths = tuple(n for n in suite.passkey_lengths if n <= most) or (most,)
-    return replace(suite, passkey_lengths=lengths)
+    return replace(
+        suite,
+        passkey_lengths=_up_to(suite.passkey_lengths, most),
+        recall_pairs=_up_to(suite.recall_pairs, positions // 4),
+        list_lengths=_up_to(suite.list_lengths, most),
+        speed_lengths=_up_to(suite.speed_lengths, most),
+    )
+
+
+def _up_to(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
+    return tuple(n for n in sizes if n <= most) or (most,)
 
 
 def _rows(texts: list[str], tokenizer: Any, length: int, held_out: float) -> torch.Tensor:
@@ -135,6 +169,7 @@ def _language_report(
     rows: torch.Tensor,
     suite: SuiteOptions,
     branches: bool,
+    beside: Mapping[str, nn.Module],
 ) -> QualityReport:
     from dataclasses import replace
 
@@ -144,6 +179,9 @@ def _language_report(
     if original is not None:
         with out.working("measuring the original"):
             columns["teacher"] = measure(original, tokenizer, rows, options=suite)
+    for label, companion in beside.items():
+        with out.working(f"measuring {label}"):
+            columns[label] = measure(companion, tokenizer, rows, teacher=original, options=suite)
     name = "model" if original is None else "student"
     with out.working("measuring the model"):
         columns[name] = measure(model, tokenizer, rows, teacher=original, options=suite)
@@ -164,8 +202,34 @@ def _language_report(
         said.append(f"copies of {suite.copy_passage} tokens over {suite.copy_gap} others")
     if "passkey" in suite.metrics:
         said.append(f"pass keys in {', '.join(map(str, suite.passkey_lengths))} tokens")
+    if "recall" in suite.metrics:
+        said.append(f"recall of {', '.join(map(str, suite.recall_pairs))} pairs")
+    if "lists" in suite.metrics:
+        said.append(f"lists of {', '.join(map(str, suite.list_lengths))} tokens, chance is 0.1")
+    if "speed" in suite.metrics:
+        said.append("times are wall clock, one row; the cache has no interval")
     note = "; ".join(said)
     return QualityReport(columns, ablation, name if ablation else "", (note,))
+
+
+def _masked_report(
+    out: Session, model: nn.Module, original: nn.Module, tokenizer: Any, rows: torch.Tensor
+) -> QualityReport:
+    from rewriter.evaluate import QualityReport, masked_accuracy
+
+    columns = {}
+    for name, judged in {"teacher": original, "student": model}.items():
+        with out.working(f"measuring the {name}"):
+            found = masked_accuracy(judged, tokenizer, rows)
+        columns[name] = {found.name: found}
+    note = f"15 % of the tokens of {rows.shape[0]} rows of {rows.shape[1]} tokens are hidden."
+    return QualityReport(columns, notes=(note,))
+
+
+def _column(path: Path, number: int) -> str:
+    """Name of a checkpoint's column that no other column has."""
+    taken = path.name in ("teacher", "student", "model", "")
+    return f"{path.name or 'beside'} {number + 1}" if taken else path.name
 
 
 def _encoder_report(

@@ -2,6 +2,7 @@
 
 from rewriter.evaluate.ablation import branch_ablation, branches_of, without_branch
 from rewriter.evaluate.encoder import SimilarityAgreement, embed, similarity_agreement
+from rewriter.evaluate.masked import masked_accuracy
 from rewriter.evaluate.measurement import Measurement, ratio
 from rewriter.evaluate.quality import (
     TeacherGap,
@@ -12,8 +13,10 @@ from rewriter.evaluate.quality import (
     teacher_gap,
     top1_agreement,
 )
+from rewriter.evaluate.recall import lists, recall
 from rewriter.evaluate.report import QualityReport
 from rewriter.evaluate.sentences import SENTENCES
+from rewriter.evaluate.speed import speed
 from rewriter.evaluate.suite import SuiteOptions, measure, measure_branches
 
 __all__ = [
@@ -28,12 +31,16 @@ __all__ = [
     "copy_perplexity",
     "embed",
     "kl_to_teacher",
+    "lists",
+    "masked_accuracy",
     "measure",
     "measure_branches",
     "passkey",
     "perplexity",
     "ratio",
+    "recall",
     "similarity_agreement",
+    "speed",
     "teacher_gap",
     "top1_agreement",
     "without_branch",

@@ -12,8 +12,11 @@ from rewriter.errors import UsageError
 from rewriter.evaluate.ablation import branch_ablation
 from rewriter.evaluate.measurement import Measurement
 from rewriter.evaluate.quality import copy_perplexity, passkey, perplexity, teacher_gap
+from rewriter.evaluate.recall import lists, recall
+from rewriter.evaluate.speed import speed
 
-METRICS = ("perplexity", "copy", "passkey", "teacher")
+METRICS = ("perplexity", "copy", "passkey", "teacher", "recall", "lists", "speed")
+USUAL = METRICS[:4]
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,20 @@ class SuiteOptions:
     """How much to measure.
 
     Attributes:
-        metrics: any of 'perplexity', 'copy', 'passkey', 'teacher' (KL and top-1 agreement).
+        metrics: any of 'perplexity', 'copy', 'passkey', 'teacher' (KL and top-1 agreement),
+            'recall' (associative recall), 'lists' (nested lists), 'speed' (times and cache).
         rows: token rows used for perplexity and the teacher gap.
         second_half: score perplexity on the second half of each row only.
         copy_samples, copy_passage, copy_gap: see `copy_perplexity`.
         passkey_lengths, passkey_samples: see `passkey`.
+        recall_pairs, recall_samples: see `recall`.
+        list_lengths, list_samples: see `lists`.
+        speed_lengths: see `speed`.
         batch: rows of one forward.
         seed: of the samples.
     """
 
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = USUAL
     rows: int = 4
     second_half: bool = True
     copy_samples: int = 6
@@ -38,6 +45,11 @@ class SuiteOptions:
     copy_gap: int = 700
     passkey_lengths: tuple[int, ...] = (256, 512, 1024)
     passkey_samples: int = 2
+    recall_pairs: tuple[int, ...] = (16, 64, 256)
+    recall_samples: int = 4
+    list_lengths: tuple[int, ...] = (256, 512)
+    list_samples: int = 8
+    speed_lengths: tuple[int, ...] = (512, 2048)
     batch: int = 1
     seed: int = 0
 
@@ -92,7 +104,25 @@ def measure(
     if "teacher" in chosen.metrics and teacher is not None:
         gap = teacher_gap(model, teacher, used, batch=chosen.batch)
         out += [gap.kl, gap.top1]
+    out += _probes(model, tokenizer, rows, chosen)
     return {measured.name: measured for measured in out}
+
+
+def _probes(
+    model: nn.Module, tokenizer: Any, rows: torch.Tensor, chosen: SuiteOptions
+) -> list[Measurement]:
+    out: list[Measurement] = []
+    if "recall" in chosen.metrics:
+        pairs, samples = chosen.recall_pairs, chosen.recall_samples
+        stream = rows.flatten()
+        out.append(recall(model, stream, pairs=pairs, samples=samples, seed=chosen.seed))
+    if "lists" in chosen.metrics:
+        lengths, samples = chosen.list_lengths, chosen.list_samples
+        out.append(lists(model, tokenizer, lengths=lengths, samples=samples, seed=chosen.seed))
+    if "speed" in chosen.metrics:
+        known = int(rows.max()) + 1  # times do not depend on which tokens
+        out += speed(model, known, lengths=chosen.speed_lengths)
+    return out
 
 
 def measure_branches(

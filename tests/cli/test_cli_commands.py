@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_tools import byte_tokenizer, failed, run, run_json, tiny_llama
+from transformers import BertConfig, BertForMaskedLM
 
 from rewriter import api
 from rewriter.checkpoint import load
@@ -182,7 +183,38 @@ def test_eval_beside_the_teacher(tiny: Path, converted: Path, text: Path) -> Non
     assert max(map(len, out.stdout.splitlines())) <= 80
     assert "positions" in failed(run("eval", tiny, "--text", text), 2)
     assert "--text" in failed(run("eval", tiny), 2)
-    assert "speed" in failed(run("eval", tiny, "--text", text, "--metrics", "speed"), 2)
+    assert "taste" in failed(run("eval", tiny, "--text", text, "--metrics", "taste"), 2)
+
+
+def test_eval_with_columns_beside(tiny: Path, converted: Path, text: Path) -> None:
+    words = ["eval", converted, "--teacher", tiny, "--beside", converted, "--text", text]
+    words += ["--length", 128, "--blocks", 1, "--no-branches", "--metrics", "lists,speed"]
+    tables = run_json(*words)
+    assert list(tables["models"]) == ["teacher", "converted", "student"]
+    for row in tables["models"].values():
+        assert row["nested lists"]["samples"] == 8
+        assert row["cache at 496 tokens, MiB"]["value"] > 0
+    assert "lists of 256 tokens" in tables["notes"][0]
+
+
+def test_eval_of_an_encoder_with_a_language_head(text: Path, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.save_pretrained(tmp_path)
+    words = ("eval", tmp_path, "--teacher", tmp_path, "--text", text, "--blocks", 2)
+    models = run_json(*words)["models"]
+    assert models["teacher"] == models["student"]
+    found = models["student"]["masked-token accuracy"]
+    assert found["tokens"] == 2 * 19 and 0 <= found["low"] <= found["high"] <= 1
 
 
 def test_eval_refuses_a_teacher_that_reads_otherwise(
