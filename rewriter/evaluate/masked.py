@@ -41,7 +41,7 @@ def masked_accuracy(
     device = next(model.parameters()).device
     units: list[tuple[float, float]] = []
     with evaluating(model):
-        for part in rows.split(batch):
+        for part in torch.split(rows, batch):
             order = torch.rand(part.shape, generator=generator).argsort(-1)
             hidden = torch.zeros_like(part, dtype=torch.bool).scatter_(1, order[:, :count], True)
             output = model(input_ids=part.masked_fill(hidden, int(mask)).to(device))

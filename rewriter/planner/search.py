@@ -27,12 +27,14 @@ class SearchOptions:
         trials: exchanges tried after it; one that is clearly worse is given up after two probes.
         draws: probes an exchange is measured on; they are not used by the relaxed steps.
         seed: of the random exchanges.
+        finalists: best assignments that are measured again in the precise space, if there is one.
     """
 
     steps: int = 40
     trials: int = 120
     draws: int = 8
     seed: int = 0
+    finalists: int = 4
 
     @property
     def probes(self) -> range:
@@ -85,6 +87,7 @@ def search(
     options: SearchOptions | None = None,
     note: Callable[[str], None] = lambda text: None,
     kinds: int | None = None,
+    precise: SearchSpace | None = None,
 ) -> SearchResult:
     """Find the assignment of least measured loss whose cost is within the budget.
 
@@ -92,6 +95,8 @@ def search(
         budget: largest sum of the candidates' costs, in their unit.
         note: called with one line of progress now and then.
         kinds: most different mixers in the result, options aside.
+        precise: the same sites and candidates in the dtype that counts, where `space` runs in a
+            faster one: the best few assignments are measured again in it, and it decides.
 
     Raises:
         UsageError: nothing fits the budget.
@@ -114,8 +119,17 @@ def search(
         allowed=lambda picks: names is None or mixers_of(space, picks) <= names,
         note=note,
     )
-    space.use(best.picks)
     measured = tuple(judge.measured)
+    if precise is not None:
+        judge = Judge(precise, objective, chosen.probes)
+        finals = [judge(m.picks) for m in measured[: max(1, chosen.finalists)]]
+        best, relaxed = min(finals, key=lambda m: m.value), judge(relaxed.picks)
+        note(
+            f"measured again: copy perplexity {best.score.copy_perplexity:.3f}, "
+            f"perplexity {best.score.perplexity:.2f}"
+        )
+        precise.use(best.picks)
+    space.use(best.picks)
     return SearchResult(
         plan=plan_of(space, best.picks),
         best=best,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -136,6 +137,7 @@ def open_space(
     candidates: Sequence[Candidate],
     examples: Examples | None = None,
     cost: Callable[[AttentionSite, Candidate], float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SearchSpace:
     """Put all candidates into every site of a copy of `model` that shares its parameters.
 
@@ -143,6 +145,8 @@ def open_space(
         sites: as `rewriter.inspect` found them.
         candidates: for every site; a site keeps those whose mixer does not refuse it.
         cost: of a candidate at a site, in place of the candidate's own figure.
+        dtype: run the search in it, on parameters of its own; a search in bfloat16 is several times
+            faster on processors that multiply in it, and ranks assignments nearly alike.
 
     Raises:
         NoSiteError: no site has two candidates.
@@ -161,7 +165,8 @@ def open_space(
             allowed[site.index] = [replace(c, cost=cost(site, c)) for c in row]
     first = [_target(site, allowed[site.index][0]) for site in free]
     examples = examples if examples is not None else examples_for(model)
-    copy = share_parameters(model)
+    converted = dtype is not None and any(p.dtype != dtype for p in model.parameters())
+    copy = deepcopy(model).to(dtype) if converted else share_parameters(model)
     realise(copy, first, examples)
     for site in free:
         owner = copy.get_submodule(site.fqn)

@@ -125,3 +125,22 @@ def test_bad_searches_say_what_to_do(
         open_space(model, sites, [Candidate("keep")])
     with pytest.raises(UsageError, match="without a cache"):
         space.model(torch.zeros(1, 4, dtype=torch.int64), use_cache=True)
+
+
+def test_a_search_in_half_precision_is_decided_in_full(
+    space: SearchSpace,
+    model: torch.nn.Module,
+    sites: tuple[AttentionSite, ...],
+    objective: Objective,
+) -> None:
+    choices = [Candidate("sink_window", WINDOW), Candidate("keep", {}, 1.0)]
+    fast = open_space(model, sites, choices, dtype=torch.bfloat16)
+    assert {p.dtype for p in fast.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    options = SearchOptions(steps=2, trials=4, draws=2, finalists=3)
+    found = search(fast, objective, 1.0, options, precise=space)
+    judge = Judge(space, objective, options.probes)
+    again = [judge(m.picks) for m in found.measured[:3]]
+    assert found.best == min(again, key=lambda m: m.value)
+    assert found.judge.space is space and found.relaxed == judge(found.relaxed.picks)
+    assert found.cost == space.cost(found.best.picks) <= 1.0
