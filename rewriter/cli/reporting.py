@@ -16,7 +16,8 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="JSON files: of 'convert --json', 'eval --json', 'bench --out', or a plan.",
+            help="JSON files: of 'convert --json', 'eval --json', 'sensitivity --out', "
+            "'bench --out', a search, or a plan.",
             show_default=False,
         ),
     ],

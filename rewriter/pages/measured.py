@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewriter.pages.content import Cell, Chart, Facts, Grid, Item, Line, Section, Words, number
+from rewriter.pages.lengths import by_length
 
 
 def quality(result: Mapping[str, Any]) -> Sequence[Section]:
@@ -27,6 +28,7 @@ def quality(result: Mapping[str, Any]) -> Sequence[Section]:
     position = _by_position(models)
     if position is not None:
         items.append(position)
+    items += by_length(models)
     items += [Words(note) for note in result.get("notes", [])]
     out = [Section("Quality", tuple(items))]
     ablation = result.get("ablation") or {}

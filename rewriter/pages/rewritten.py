@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,12 @@ from rewriter.pages.content import (
     REFUSED,
     Block,
     Cell,
+    Chart,
     Commands,
     Facts,
     Grid,
     Item,
+    Line,
     Section,
     Strip,
     Tone,
@@ -31,6 +34,7 @@ def rewritten(result: Mapping[str, Any]) -> Sequence[Section]:
     sections = [_plan(plan, result), _refused(plan, result)]
     if result.get("contracts"):
         sections.append(_contracts(result["contracts"]))
+        sections.append(_gaps(result["contracts"]))
     if result.get("checkpoint"):
         sections.append(_repeat(result, plan))
     return [s for s in sections if s.items]
@@ -151,6 +155,30 @@ def _contracts(contracts: Sequence[Mapping[str, Any]]) -> Section:
     grid = Grid(head, tuple(rows), frozenset({0, 2, 3, 4}))
     note = Words("Checked on this very model. 'reported' is a figure without a bound.")
     return Section("Contracts", (note, grid))
+
+
+_BRANCH = re.compile(r"gap without branch '(?P<name>.+)'")
+
+
+def _gaps(contracts: Sequence[Mapping[str, Any]]) -> Section:
+    """How far the output of every new core is from the original's, whole and by branch."""
+    found = [c for c in contracts if c["number"] == 9 and isinstance(c["measured"], int | float)]
+    sites = list(dict.fromkeys(c["subject"] for c in found))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for c in found:
+        branch = _BRANCH.fullmatch(c["check"])
+        name = f"without '{branch['name']}'" if branch else "whole core"
+        lines.setdefault(name, []).append((sites.index(c["subject"]) + 1.0, float(c["measured"])))
+    if len(sites) < 2:
+        return Section("Gap to the original by site", ())
+    note = Words(
+        "Relative error of each rewritten block on what the original gave it, before training; "
+        f"site 1 is {sites[0]}, site {len(sites)} is {sites[-1]}. Where a branch switched off "
+        "changes nothing, it is not used yet."
+    )
+    drawn = tuple(Line(name, tuple(points)) for name, points in lines.items())
+    chart = Chart("Gap to the original", "site in running order", "relative error", drawn)
+    return Section("Gap to the original by site", (note, chart))
 
 
 def _badness(result: Mapping[str, Any]) -> tuple[int, float]:

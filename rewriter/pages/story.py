@@ -9,6 +9,7 @@ from rewriter.errors import UsageError
 from rewriter.pages.content import Page, Section
 from rewriter.pages.measured import kernels, quality, searched
 from rewriter.pages.rewritten import rewritten
+from rewriter.pages.sensed import sensitive
 
 Result = Mapping[str, Any]
 _Builder = Callable[[Result], Sequence[Section]]
@@ -18,6 +19,7 @@ _KINDS: tuple[tuple[str, _Builder], ...] = (
     ("decisions", lambda result: rewritten({"plan": result})),
     ("plan", rewritten),
     ("models", quality),
+    ("everywhere", sensitive),
     ("assignments", searched),
     ("points", kernels),
 )
@@ -47,7 +49,8 @@ def _kind(name: str, result: Result) -> tuple[int, _Builder]:
                 return rank, builder
     raise UsageError(
         f"{name} holds no result this page knows; give what 'rewriter convert --json', "
-        "'rewriter eval --json', 'rewriter bench --out' or a search wrote"
+        "'rewriter eval --json', 'rewriter sensitivity --out', 'rewriter bench --out' or a "
+        "search wrote"
     )
 
 

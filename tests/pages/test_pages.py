@@ -104,6 +104,22 @@ SEARCH = {
         for d in (0.0, 0.5)
     ],
 }
+BY_LENGTH = {
+    "models": {
+        name: {
+            "pass key": {
+                **measured(0.5),
+                "parts": {"256 tokens, depth 0.1": 1.0, "256 tokens, depth 0.9": low}
+                | {"512 tokens, depth 0.5": 0.25},
+            },
+            "associative recall": {**measured(0.5), "parts": {"16 pairs": 1.0, "64 pairs": low}},
+            "nested lists": {**measured(0.1), "parts": {"256 tokens": 0.2}},
+            "prefill at 512 tokens, ms": measured(10.0),
+            "prefill at 2048 tokens, ms": measured(50.0 + low),
+        }
+        for name, low in {"teacher": 0.75, "student": 0.5}.items()
+    }
+}
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "kernel_figures.json"
 
 
@@ -166,6 +182,59 @@ def test_both_forms_say_the_same(page: Any) -> None:
     assert "| 1-4 | sink_window (window 64)" in text
     titles = [s.title for s in page.sections]
     assert titles[0] == "The plan" and titles[-1] == "Kernels on this machine"
+
+
+def test_charts_over_length() -> None:
+    (section,) = story([("e", BY_LENGTH)]).sections
+    charts = {x.title: x for x in section.items if isinstance(x, Chart)}
+    assert set(charts) == {
+        "Pass keys found, by length",
+        "Values recalled, by number of pairs",
+        "Prefill, by length",
+    }
+    keys = charts["Pass keys found, by length"].lines
+    assert [line.name for line in keys] == ["teacher", "student"]
+    assert keys[0].points == ((256.0, 0.875), (512.0, 0.25))
+    times = charts["Prefill, by length"].lines[1]
+    assert times.points == ((512.0, 10.0), (2048.0, 50.5))
+    assert times.spread == ((9.0, 11.0), (49.5, 51.5))
+    text = render_markdown(story([("e", BY_LENGTH)]))
+    assert "Prefill, by length" in text and "50.5" in text
+
+
+def test_sensitivities_are_drawn_by_site() -> None:
+    def site(index: int) -> Any:
+        effect = {"kl": 0.1 * index, "copy": 1.0 + index}
+        return {"index": index, "fqn": f"layers.{index}", "swap": {"window": effect}, "restore": {}}
+
+    result = {
+        "sites": [site(0), site(1)],
+        "everywhere": {"window": {"kl": 0.5, "copy": 3.0}},
+        "copy_loss": 0.2,
+    }
+    (section,) = story([("s", result)]).sections
+    charts = [x for x in section.items if isinstance(x, Chart)]
+    assert [c.lines[0].points for c in charts] == [
+        ((0.0, 1.0), (1.0, 2.0)),
+        ((0.0, 0.0), (1.0, 0.1)),
+    ]
+    text = render_markdown(story([("s", result)]))
+    assert "window" in text and "layers.1" in text
+
+
+def test_gaps_are_drawn_by_site() -> None:
+    def gap(site: str, value: float, branch: str = "") -> Any:
+        what = f"gap without branch '{branch}'" if branch else "relative teacher gap"
+        return {**check("reported", value, site), "number": 9, "check": what, "bound": None}
+
+    contracts = [gap(s, v, b) for s, v in (("a", 0.2), ("b", 0.4)) for b in ("", "window")]
+    page = story([("r", {**REWRITE, "contracts": contracts})])
+    (section,) = [s for s in page.sections if s.title == "Gap to the original by site"]
+    (chart,) = [x for x in section.items if isinstance(x, Chart)]
+    assert {line.name: line.points for line in chart.lines} == {
+        "whole core": ((1.0, 0.2), (2.0, 0.4)),
+        "without 'window'": ((1.0, 0.2), (2.0, 0.4)),
+    }
 
 
 def test_markdown_tables_keep_their_columns(page: Any) -> None:
