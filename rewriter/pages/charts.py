@@ -44,6 +44,7 @@ def svg(chart: Chart) -> str:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if chart.log_y:
             axes.set_yscale("log")
+            _plain_numbers(axes.yaxis, [y for line in chart.lines for _, y in line.points])
         axes.set_xlabel(chart.x, color=_INK)
         axes.set_ylabel(chart.y, color=_INK)
         axes.tick_params(colors=_INK, which="both")
@@ -57,6 +58,20 @@ def svg(chart: Chart) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _adapted(buffer.getvalue(), chart)
+
+
+def _plain_numbers(axis: Any, values: list[float]) -> None:
+    """1, 2, 5, 10 ... as plain numbers; every digit where all values lie within a decade.
+
+    Matplotlib's own labels of a logarithmic axis are formulas, which an SVG of plain text cannot
+    hold.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    close = bool(values) and max(values) < 10 * min(values)
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if close else (1, 2, 5), numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw(axes: object, line: Line, number: int) -> None:

@@ -82,7 +82,7 @@ def _grouped(decisions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list
 def _what(decision: Mapping[str, Any]) -> str:
     if decision["status"] == "refused":
         return f"stays as it is ({decision['target']} refused)"
-    options = ", ".join(f"{k} {number(v)}" for k, v in decision["options"].items())
+    options = ", ".join(f"{k} {number(v)}" for k, v in decision["options"].items() if v is not None)
     return f"{decision['target']} ({options})" if options else str(decision["target"])
 
 
@@ -144,15 +144,15 @@ def _contracts(contracts: Sequence[Mapping[str, Any]]) -> Section:
             (
                 Cell(str(contract)),
                 Cell(check),
-                Cell(f"{len(group)}"),
+                Cell(outcome, _TONES.get(outcome, "plain")),
                 Cell(number(worst["measured"])),
                 Cell(number(worst["bound"])),
-                Cell(outcome, _TONES.get(outcome, "plain")),
+                Cell(f"{len(group)}"),
                 Cell(worst.get("detail") or "", "quiet"),
             )
         )
-    head = ("contract", "check", "subjects", "worst", "allowed", "outcome", "detail")
-    grid = Grid(head, tuple(rows), frozenset({0, 2, 3, 4}))
+    head = ("#", "check", "outcome", "worst", "allowed", "subjects", "detail")
+    grid = Grid(head, tuple(rows), frozenset({0, 3, 4, 5}))
     note = Words("Checked on this very model. 'reported' is a figure without a bound.")
     return Section("Contracts", (note, grid))
 

@@ -256,6 +256,15 @@ def test_a_chart_follows_the_page() -> None:
     assert drawn == svg(Chart(HOSTILE, "x", "y", lines, log_x=True, mark=1.5))
 
 
+@pytest.mark.parametrize("values", [(12.0, 14.0), (1.0, 80.0), (0.02, 300.0)])
+def test_logarithmic_axes_have_plain_numbers(values: tuple[float, float]) -> None:
+    line = Line("a", ((512.0, values[0]), (2048.0, values[1])))
+    drawn = svg(Chart("t", "x", "y", (line,), log_x=True, log_y=True))
+    labels = [x.text or "" for x in ElementTree.fromstring(drawn).iter() if x.tag.endswith("text")]
+    assert not any("mathdefault" in label or "$" in label for label in labels)
+    assert len([x for x in labels if re.fullmatch(r"[\d.]+", x)]) >= 3
+
+
 @pytest.mark.parametrize("odd", [{}, {"unknown": 1}, "text"])
 def test_an_unknown_result_is_one_clear_sentence(odd: Any) -> None:
     with pytest.raises(UsageError, match="holds no result this page knows"):
