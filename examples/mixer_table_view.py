@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,10 @@ def markdown(done: Mapping[str, Any]) -> str:
         "That is little training: it says how near a mixer starts and how fast it learns, not how",
         "good it can become.",
     ]
+    learned = [n for n, r in rows.items() if r.get("tier") == "distilled"]
+    blank = [f"`{n}`" for n in learned if "gap_distilled" not in rows[n]]
+    if blank:
+        lines += ["", f"The trained gap was not measured yet of {', '.join(blank)}."]
     if done["missing"]:
         names = ", ".join(f"`{name}`" for name in done["missing"])
         lines += ["", f"Not measured yet: {names}. Running the script again adds them."]
@@ -85,6 +90,12 @@ def _block_line(name: str, row: Row, first: Row) -> str:
         f"| {near['prefill'] * 1e3:.0f} ms, {far['prefill'] * 1e3:.0f} ms "
         f"| {near['token'] * 1e3:.2f} ms |"
     )
+
+
+def _gaps(row: Row) -> list[float]:
+    """At the start, fitted, trained; nan where it was not measured."""
+    gaps: list[float] = [row.get(f"gap_{w}", math.nan) for w in ("start", "fitted", "distilled")]
+    return [g for g in gaps if not math.isnan(g)] or [math.nan]
 
 
 def _shown(name: str) -> str:
@@ -124,7 +135,7 @@ def plot(done: Mapping[str, Any]) -> bytes:
     first, rows = rows[0][1], rows[1:]
     names = [n for n, _ in rows]
     panels: dict[str, Callable[[Row], float]] = {
-        "gap to the original": lambda r: r.get("gap_distilled", r.get("gap_start", 0.0)),
+        "gap to the original": lambda r: min(_gaps(r)),
         "perplexity": lambda r: r["perplexity"],
         "copy perplexity": lambda r: r["copy_perplexity"],
         "state at 8k, MiB": lambda r: r["speed"][FAR]["state"] / 2**20,
@@ -136,7 +147,7 @@ def plot(done: Mapping[str, Any]) -> bytes:
     ):
         axis.barh(names, [value(r) for _, r in rows], height=0.6, color="#4477aa")
         if "gap" in title:
-            starts = [min(r["gap_start"], r.get("gap_fitted", 9.0)) for _, r in rows]
+            starts = [min(_gaps(r)[:2]) for _, r in rows]
             axis.plot(starts, names, "|", color="#cc6677", markersize=9, label="start")
             axis.legend(fontsize=7)
         else:
