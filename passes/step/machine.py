@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rewriter.backends.cpu.build import NoKernel
+from rewriter.backends.cpu.pages import use_large_pages
 from rewriter.backends.cpu.step import (
     BINARY,
     MOST_SPLITS,
@@ -78,6 +79,7 @@ class Machine:
         self.result = self._view(program.result)
         self.segments: list[tuple[Listing, PythonCore | None]] = []
         self._assemble()
+        use_large_pages(self.weights.values())
 
     def run(self, ids: torch.Tensor, seen: int, cache: Any, advance: bool = True) -> Any:
         """Logits (batch, 1, vocabulary) of one new token per row, or None if the cache is unfit.
@@ -109,6 +111,7 @@ class Machine:
     def _place(self, seen: int, cache: Any) -> bool:
         """Make room for one token in every layer and tell the kernels where."""
         table, layers = self.table, cache.layers
+        fresh: list[torch.Tensor] = []
         for slot in self.slots:
             index = slot.core.mixer.layer
             assert index is not None
@@ -136,9 +139,12 @@ class Machine:
                 slot.buffers = held
                 fields = (k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3])
                 table[at : at + 8] = array("q", fields)
+                fresh += (k, v)
             window = slot.core.mixer.site.mask.window
             first = held.start if window is None else max(held.start, held.end + 1 - window)
             table[at + 8], table[at + 9] = first, held.end
+        if fresh:
+            use_large_pages(fresh)
         return True
 
     def _assemble(self) -> None:

@@ -6,7 +6,7 @@
 
 namespace gemv {
 
-constexpr int AHEAD = 1024;  // bytes that are asked for before they are needed
+constexpr int AHEAD = 2048;  // bytes that are asked for before they are needed
 constexpr int TOGETHER = 4;  // rows of x in one pass over W
 
 // x as the dot products read it: for bf16 weights even and odd numbers of a stretch of 2 LANES apart,
