@@ -203,7 +203,8 @@ def main() -> None:
             done["rows"][name] = {"model": model, "results": summed(results)}
             failed = [(r.number, r.check, r.measured) for r in results if r.outcome == "fail"]
             console.print(f"{name}: {time.perf_counter() - began:.0f} s, failed {failed}")
-        done |= {"machine": this_machine().describe(), "lines": lines()}
+        missing = [rule for rule in rules if rule not in done["rows"]]
+        done |= {"machine": this_machine().describe(), "lines": lines(), "missing": missing}
         write_file(path, (json.dumps(done, indent=1) + "\n").encode())
     write_file(options.out / "mixer_contracts.md", markdown(done).encode())
 

@@ -37,12 +37,16 @@ def markdown(done: Mapping[str, Any]) -> str:
         "| mixer | " + " | ".join(f"{n}" for n in NUMBERS) + " |",
         "|---|" + "---|" * len(NUMBERS),
     ]
-    notes: list[str] = []
+    notes: dict[str, list[str]] = {}
     for name, row in rows.items():
-        cells = [_cell(n, row["results"], notes) for n in NUMBERS]
+        cells = [_cell(name, n, row["results"], notes) for n in NUMBERS]
         lines.append(f"| {_name(name)} | " + " | ".join(cells) + " |")
+    if done["missing"]:
+        names = "; ".join(map(_name, done["missing"]))
+        lines += ["", f"Not run yet: {names}. Running the script again adds them."]
     lines += ["", *(f"{n}. {CONTRACTS[n]}" for n in NUMBERS), ""]
-    lines += ["Not applicable (-):", "", *(f"- {note}" for note in notes)]
+    lines += ["Not applicable, or one check of several that is not:", ""]
+    lines += [f"- {note}: {'; '.join(map(_name, names))}" for note, names in notes.items()]
     if "oracles" in done:
         lines += _oracles(done["oracles"])
     return "\n".join([*lines, *_lines(done["lines"])]) + "\n"
@@ -53,13 +57,14 @@ def _name(name: str) -> str:
     return f"`{mixer}`{comma}{rest}"
 
 
-def _cell(number: int, results: Sequence[Result], notes: list[str]) -> str:
+def _cell(name: str, number: int, results: Sequence[Result], notes: dict[str, list[str]]) -> str:
     mine = [r for r in results if r["number"] == number]
     failed = [r for r in mine if r["outcome"] == "fail"]
     if failed:
         return "**FAIL** " + "; ".join(r["check"] for r in failed)
     for r in (r for r in mine if r["outcome"] == "not applicable"):
-        _note(notes, f"{number}, {r['check']}: {r['detail']}")
+        why = r["detail"].replace(name.partition(",")[0], "the mixer")
+        notes.setdefault(f"{number}, {r['check']} ({why})", []).append(name)
     told = [r for r in mine if r["outcome"] == "reported" and r["measured"] is not None]
     passed = [r for r in mine if r["outcome"] == "pass"]
     if number == 9 and told:
@@ -71,13 +76,8 @@ def _cell(number: int, results: Sequence[Result], notes: list[str]) -> str:
     if passed:
         return f"`{sum(r['count'] for r in passed)}`"
     if not mine:
-        _note(notes, f"{number}: {ABSENT.get(number, 'no such check')}")
+        notes.setdefault(f"{number} ({ABSENT.get(number, 'no such check')})", []).append(name)
     return "-"
-
-
-def _note(notes: list[str], note: str) -> None:
-    if note not in notes:
-        notes.append(note)
 
 
 def _oracles(errors: Mapping[str, Mapping[str, float]]) -> list[str]:
