@@ -36,26 +36,24 @@ def by_length(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:
     yield from _named(models)
 
 
+_Point = tuple[float, float, float, float]
+
+
 def _named(models: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:
-    kinds: dict[tuple[str, str], dict[str, list[tuple[float, float, float, float]]]] = {}
+    kinds: dict[tuple[str, str], dict[str, list[_Point]]] = {}
     for name, row in models.items():
         for metric, measured in row.items():
             found = _NAMED.fullmatch(metric)
-            if found and all(
-                isinstance(measured[k], int | float) for k in ("value", "low", "high")
-            ):
-                point = (float(found["length"]), *(measured[k] for k in ("value", "low", "high")))
-                lines = kinds.setdefault((found["what"], found["unit"]), {})
-                lines.setdefault(name, []).append(point)
-    for (what, unit), models_of in kinds.items():
-        lines = [
-            Line(
-                name,
-                tuple((x, y) for x, y, _, _ in sorted(points)),
-                tuple((low, high) for _, _, low, high in sorted(points)),
-            )
-            for name, points in models_of.items()
-        ]
+            value, low, high = (measured.get(key) for key in ("value", "low", "high"))
+            if found and all(isinstance(x, int | float) for x in (value, low, high)):
+                points = kinds.setdefault((found["what"], found["unit"]), {}).setdefault(name, [])
+                points.append((float(found["length"]), float(value), float(low), float(high)))
+    for (what, unit), of_models in kinds.items():
+        lines = []
+        for name, points in of_models.items():
+            ordered = sorted(points)
+            spread = tuple((low, high) for _, _, low, high in ordered)
+            lines.append(Line(name, tuple((x, y) for x, y, _, _ in ordered), spread))
         title = f"{what[0].upper()}{what[1:]}, by length"
         yield from _chart(title, "tokens", unit, lines, log_y=True)
 
