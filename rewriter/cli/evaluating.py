@@ -62,6 +62,13 @@ def evaluate(
         ),
     ] = "perplexity,copy,passkey,teacher",
     gap: Annotated[int, typer.Option(min=0, help="Tokens between a passage and its copy.")] = 700,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of lm-evaluation-harness tasks with local data, measured as well.",
+            show_default=False,
+        ),
+    ] = None,
     branches: Annotated[
         bool, typer.Option(help="Also measure with each branch of the mixers switched off.")
     ] = True,
@@ -99,6 +106,7 @@ def evaluate(
             report = _language_report(
                 *(out, model, original, tokenizer, rows, suite, branches),
                 {name: companion.model for name, companion in more.items()},
+                tasks,
             )
         elif original is None:
             raise UsageError("an encoder is judged against the original; give it with --teacher")
@@ -170,10 +178,11 @@ def _language_report(
     suite: SuiteOptions,
     branches: bool,
     beside: Mapping[str, nn.Module],
+    tasks: Path | None,
 ) -> QualityReport:
     from dataclasses import replace
 
-    from rewriter.evaluate import QualityReport, branches_of, measure, measure_branches
+    from rewriter.evaluate import QualityReport, branches_of, harness, measure, measure_branches
 
     columns = {}
     if original is not None:
@@ -185,6 +194,12 @@ def _language_report(
     name = "model" if original is None else "student"
     with out.working("measuring the model"):
         columns[name] = measure(model, tokenizer, rows, teacher=original, options=suite)
+    if tasks is not None:
+        every = {"teacher": original, **beside, name: model}
+        for label, judged in every.items():
+            if judged is not None:
+                with out.working(f"running tasks on {label}"):
+                    columns[label] |= {m.name: m for m in harness(judged, tokenizer, tasks)}
     ablation = {}
     if branches and branches_of(model):
         with out.working("switching branches off"):

@@ -2,6 +2,7 @@
 
 from rewriter.evaluate.ablation import branch_ablation, branches_of, without_branch
 from rewriter.evaluate.encoder import SimilarityAgreement, embed, similarity_agreement
+from rewriter.evaluate.harness import harness
 from rewriter.evaluate.masked import masked_accuracy
 from rewriter.evaluate.measurement import Measurement, ratio
 from rewriter.evaluate.quality import (
@@ -30,6 +31,7 @@ __all__ = [
     "branches_of",
     "copy_perplexity",
     "embed",
+    "harness",
     "kl_to_teacher",
     "lists",
     "masked_accuracy",

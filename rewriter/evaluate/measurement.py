@@ -41,7 +41,7 @@ class Measurement:
     high: float
     samples: int
     tokens: int
-    interval: Literal["bootstrap", "wilson", "none"] = "bootstrap"
+    interval: Literal["bootstrap", "wilson", "normal", "none"] = "bootstrap"
     parts: Mapping[str, float] = field(default_factory=dict)
     units: tuple[Unit, ...] = ()
     transform: Transform = "mean"
