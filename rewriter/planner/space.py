@@ -145,8 +145,8 @@ def open_space(
         sites: as `rewriter.inspect` found them.
         candidates: for every site; a site keeps those whose mixer does not refuse it.
         cost: of a candidate at a site, in place of the candidate's own figure.
-        dtype: run the search in it, on parameters of its own; a search in bfloat16 is several times
-            faster on processors that multiply in it, and ranks assignments nearly alike.
+        dtype: run the search in it, on parameters of its own. bfloat16 is faster on processors that
+            multiply in it, and ranks assignments nearly alike (docs/choosing-layers.md).
 
     Raises:
         NoSiteError: no site has two candidates.
