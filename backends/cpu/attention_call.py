@@ -31,10 +31,10 @@ class Call:
         self.threads, self.scale = torch.get_num_threads(), spec.scale
         rows = self.plan.starts.shape[1] - 1
         self.tasks = rows * -(-block_q // kernel.rows)
-        self.ready = (
-            _keys(self.k, kernel.packing),
-            _values(self.v, kernel.packing),
-        )
+        self.ready = _keys(self.k, kernel.packing), _values(self.v, kernel.packing)
+        self.marks = None
+        if kernel.packing == "tiles":
+            self.marks = torch.empty((*x.k.shape[:2], -(-N // 32)), dtype=torch.uint8)
 
     def fields(self, out: Tensor, lse: Tensor, top: Tensor | None = None) -> array[int]:
         """The struct `Call`: its fields in their order."""
@@ -47,7 +47,7 @@ class Call:
             *(_pointer(t) for t in (*self.hooks, self.bias, *self.lengths)),
             *(t.data_ptr() for t in (s.starts, s.blocks, s.full)),
             address(self.tables),
-            *(k.data.data_ptr(), v.data.data_ptr(), k.copied, v.copied),
+            *(k.data.data_ptr(), v.data.data_ptr(), _pointer(self.marks), k.copied, v.copied),
             *self.sizes,
             *(n for t in (self.q, self.k, self.v) for n in t.stride()[:3]),
             *(*k.strides, *v.strides, *bias),
@@ -127,9 +127,10 @@ class _Rows:
 def _keys(x: Tensor, packing: Packing) -> _Rows:
     if packing == "tiles":  # rows of a multiple of 32 numbers, a multiple of 32 of them
         N, D = x.shape[2:]
-        if N % 32 == 0 and D % 32 == 0 and x.stride(2) == D:
+        whole = N % 32 == 0 and D % 32 == 0 and x.stride(2) == D
+        if whole and x.dtype == torch.bfloat16:
             return _Rows(x, False, (x.stride(0), x.stride(1)))
-        return _buffer(x, -(-N // 32) * 32 * -(-D // 32) * 32, torch.bfloat16)
+        return _tiles(x)
     if packing == "rows":
         return _rows(x)
     (b, h, n, _), (N, D) = x.stride(), x.shape[2:]
@@ -141,7 +142,7 @@ def _keys(x: Tensor, packing: Packing) -> _Rows:
 def _values(x: Tensor, packing: Packing) -> _Rows:
     N, D = x.shape[2:]
     if packing == "tiles":  # tiles of 16 columns, two by two, by 32 keys
-        return _buffer(x, -(-N // 32) * 32 * -(-D // 32) * 32, torch.bfloat16)
+        return _tiles(x)
     if packing == "pairs":
         return _buffer(x, -(-N // 2) * D, torch.int32)
     return _rows(x)
@@ -152,6 +153,13 @@ def _rows(x: Tensor) -> _Rows:
     if x.dtype == torch.float32 and (x.stride(2) == D or N == 1):
         return _Rows(x, False, (x.stride(0), x.stride(1)))
     return _buffer(x, N * D, torch.float32)
+
+
+def _tiles(x: Tensor) -> _Rows:
+    """Whole tiles of 32 by 32 numbers; a float32 number is three of bfloat16."""
+    N, D = x.shape[2:]
+    parts = 3 if x.dtype == torch.float32 else 1
+    return _buffer(x, -(-N // 32) * 32 * -(-D // 32) * 32 * parts, torch.bfloat16)
 
 
 def _buffer(x: Tensor, count: int, dtype: torch.dtype) -> _Rows:

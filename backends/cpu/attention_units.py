@@ -20,7 +20,8 @@ Pass = Literal["forward", "backward"]
 Packing = Literal["rows", "pairs", "tiles"]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 PANELS = 4  # panels of query rows that share the keys of a round
-KEYS, TILE_KEYS = 64, 128  # keys of a round: on vectors, on tile registers
+KEYS = 64  # keys of a round on vectors
+TILE_KEYS = {torch.float32: 64, torch.bfloat16: 128}  # on tile registers
 WIDEST = 512  # a head beyond it would not fit the caches the kernels are laid out for
 
 
@@ -32,7 +33,7 @@ class Kernel:
         unit: what is compiled.
         tables: data of the mask predicate, flat uint8.
         rows, keys: query rows of a task, keys of a tile.
-        packing: how bf16 keys and values are laid out; see `attention_call`.
+        packing: how keys and values are laid out; see `attention_call`.
     """
 
     unit: Unit
@@ -43,8 +44,13 @@ class Kernel:
 
 
 @lru_cache(maxsize=1024)
-def kernel_of(spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass) -> Kernel | str:
-    """The kernel of a pass over a spec on a target, or why there is none."""
+def kernel_of(
+    spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass, split: bool = False
+) -> Kernel | str:
+    """The kernel of a pass over a spec on a target, or why there is none.
+
+    `split`: float32 numbers as three bfloat16 numbers on tile registers (forward only).
+    """
     if dtype not in NAMES:
         return f"CPU kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     widest = max(spec.key_dim, spec.value_dim)
@@ -60,8 +66,8 @@ def kernel_of(spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass)
     rows = (PANELS if name == "forward" or widest <= 128 else 2) * panel
     if spec.block:
         rows = min(rows, -(-spec.block // panel) * panel)
-    packing = _packing(spec, dtype, target, name)
-    keys = TILE_KEYS if packing == "tiles" else KEYS if widest <= 128 else 32
+    packing = "tiles" if split else _packing(spec, dtype, target, name)
+    keys = TILE_KEYS[dtype] if packing == "tiles" else KEYS if widest <= 128 else 32
     constants: dict[str, int | float | bool] = {
         "DK": spec.key_dim,
         "DV": spec.value_dim,

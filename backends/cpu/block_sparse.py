@@ -8,19 +8,24 @@ lengths, batch, heads, strides, scale and soft cap are arguments. The schedule c
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from rewriter.backends.cpu import attention_forms as forms
 from rewriter.backends.cpu.attention_call import Call, GradBuffers, address
 from rewriter.backends.cpu.attention_units import Kernel, Pass, kernel_of
 from rewriter.backends.cpu.build import NoKernel, load
-from rewriter.backends.cpu.target import host_target
+from rewriter.backends.cpu.target import Target, host_target
 from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
 from rewriter.errors import UnsupportedError
 from rewriter.ir.block_sparse import BlockSparse
+
+Run = Callable[..., None]
 
 
 def decline(spec: BlockSparse, dtype: torch.dtype, needs_grad: bool) -> str | None:
@@ -51,7 +56,13 @@ def forward(
     Raises:
         UnsupportedError: there is no kernel for the call; `decline` says why beforehand.
     """
-    kernel, run = _ready(spec, x, "forward")
+    kernel, run = _split(spec, x) or _ready(spec, x, "forward")
+    return _forward(spec, x, kernel, run, top)
+
+
+def _forward(
+    spec: BlockSparse, x: BlockSparseInputs, kernel: Kernel, run: Run, top: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, H, M, _ = x.q.shape
     out = torch.empty((B, H, M, spec.value_dim), dtype=x.v.dtype)
     lse = torch.empty((B, H, M), dtype=torch.float32)
@@ -88,14 +99,22 @@ def backward(
     return to.results(lse)
 
 
-Run = Callable[..., None]
+def find(
+    spec: BlockSparse, dtype: torch.dtype, name: Pass, split: bool = False
+) -> tuple[Kernel, Run] | str:
+    """The compiled kernel of a pass on this machine, or why there is none. `split`: `kernel_of`."""
+    target = host_target()
+    if isinstance(target, str):
+        return target
+    # Where the queries begin is an argument of the kernel.
+    return _find(replace(spec, offset=0), dtype, name, split, target)
 
 
 @lru_cache(maxsize=512)
-def find(spec: BlockSparse, dtype: torch.dtype, name: Pass) -> tuple[Kernel, Run] | str:
-    """The compiled kernel of a pass on this machine, or why there is none."""
-    target = host_target()
-    kernel = target if isinstance(target, str) else kernel_of(spec, dtype, target, name)
+def _find(
+    spec: BlockSparse, dtype: torch.dtype, name: Pass, split: bool, target: Target
+) -> tuple[Kernel, Run] | str:
+    kernel = kernel_of(spec, dtype, target, name, split)
     if isinstance(kernel, str):
         return kernel
     library = load(kernel.unit)
@@ -105,6 +124,33 @@ def find(spec: BlockSparse, dtype: torch.dtype, name: Pass) -> tuple[Kernel, Run
     structs = [ctypes.c_void_p] * (1 if name == "forward" else 2)
     run.argtypes, run.restype = [*structs, ctypes.c_float, ctypes.c_float], None
     return kernel, run
+
+
+def _split(spec: BlockSparse, x: BlockSparseInputs) -> tuple[Kernel, Run] | None:
+    """The kernel on tile registers of a float32 call that is faster there."""
+    target = host_target()
+    if isinstance(target, str) or not target.tiles or not forms.fits(spec):
+        return None
+    if not x.q.dtype == x.k.dtype == x.v.dtype == torch.float32 or x.k.numel() == 0:
+        return None
+    seen = forms.keys_seen(spec, x)
+    if seen < forms.FEW or seen < _least_keys(target):
+        return None
+    found = find(spec, torch.float32, "forward", split=True)
+    return None if isinstance(found, str) else found
+
+
+@lru_cache(maxsize=8)
+def _least_keys(target: Target) -> float:
+    vectors = _find(forms.SAMPLE, torch.float32, "forward", False, target)
+    tiles = _find(forms.SAMPLE, torch.float32, "forward", True, target)
+    if isinstance(vectors, str) or isinstance(tiles, str):
+        return math.inf
+    return forms.least_keys(
+        vectors[0].unit.source + tiles[0].unit.source,
+        lambda x: _forward(forms.SAMPLE, x, *vectors, None),
+        lambda x: _forward(forms.SAMPLE, x, *tiles, None),
+    )
 
 
 def _ready(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, Run]:

@@ -12,16 +12,17 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 import time
 import uuid
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from rewriter.backends.cache import VARIABLE, cache_directory, temporary_directory
+from rewriter.backends.cpu.compiler import Compiler as Compiler
+from rewriter.backends.cpu.compiler import NoKernel as NoKernel
+from rewriter.backends.cpu.compiler import find_compiler as find_compiler
 from rewriter.backends.cpu.target import Target
 
 FORMAT = "1"  # of the cache; raise it when the meaning of its files changes
@@ -43,21 +44,6 @@ class Unit:
     target: Target
 
 
-@dataclass(frozen=True)
-class NoKernel:
-    """Why there is no compiled kernel, as one sentence."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A C++ compiler: how it is called and what it says it is."""
-
-    command: tuple[str, ...]
-    version: str
-
-
 def load(unit: Unit) -> ctypes.CDLL | NoKernel:
     """The compiled unit; from the cache if it is there."""
     return _load(unit, os.environ.get(VARIABLE), os.environ.get("CXX"))
@@ -75,31 +61,6 @@ def _load(unit: Unit, root: str | None, cxx: str | None) -> ctypes.CDLL | NoKern
         return ctypes.CDLL(str(path))
     except OSError as error:
         return NoKernel(f"the compiled kernel {path} cannot be loaded: {error}")
-
-
-def find_compiler(cxx: str | None = None) -> Compiler | NoKernel:
-    """The compiler that $CXX names, else g++, else clang++; warns once if there is none."""
-    return _probe(cxx, os.environ.get("PATH"))
-
-
-@lru_cache(maxsize=8)
-def _probe(cxx: str | None, path: str | None) -> Compiler | NoKernel:
-    for words in [cxx.split()] if cxx else [["g++"], ["clang++"], ["c++"]]:
-        executable = shutil.which(words[0], path=path)
-        if executable is None:
-            continue
-        command = (executable, *words[1:])
-        try:
-            seen = subprocess.run(
-                [*command, "--version"], capture_output=True, text=True, timeout=60, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return Compiler(command, seen.stdout.splitlines()[0] if seen.stdout else "")
-    name = f"the compiler {cxx!r} of $CXX" if cxx else "a C++ compiler (g++ or clang++)"
-    reason = f"{name} was not found, so no CPU kernel can be generated; install one"
-    warnings.warn(f"{reason}. Slower kernels are used.", RuntimeWarning, stacklevel=2)
-    return NoKernel(reason)
 
 
 def key(unit: Unit, compiler: Compiler) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from rewriter.backends.cpu.compiler import NoKernel, find_compiler, knows
 
 VARIABLE = "ATTENTION_REWRITER_ISA"
 
@@ -68,17 +71,24 @@ _NEEDS: tuple[tuple[str, frozenset[str]], ...] = (
     ("avx512", _WIDE),
     ("avx2", frozenset(("avx2", "fma"))),
 )
+# An instruction of each that the assembler has to know too.
+_TELLING = {
+    "amx_bf16": "tdpbf16ps %tmm0, %tmm1, %tmm2",
+    "avx512_bf16": "vdpbf16ps %zmm0, %zmm1, %zmm2",
+    "avx512": "vaddps %zmm0, %zmm1, %zmm2",
+    "avx2": "vpaddd %ymm0, %ymm1, %ymm2",
+}
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: ARCH_REQ_XCOMP_PERM
 
 
 def host_target() -> Target | str:
-    """The best target of this processor, or the one that $ATTENTION_REWRITER_ISA names.
+    """The best target of processor and compiler, or the one $ATTENTION_REWRITER_ISA names.
 
     A name that is not known gives the reason as a string.
     """
     wanted = os.environ.get(VARIABLE)
     if not wanted:
-        return _detected()
+        return _detected(os.environ.get("CXX"), os.environ.get("PATH"))
     if wanted not in TARGETS:
         return f"${VARIABLE} names {wanted!r}, which is none of {', '.join(TARGETS)}"
     if wanted == "amx_bf16" and not _tiles_permitted():
@@ -86,12 +96,22 @@ def host_target() -> Target | str:
     return TARGETS[wanted]
 
 
-@lru_cache(maxsize=1)
-def _detected() -> Target:
-    flags = cpu_flags()
+@lru_cache(maxsize=8)
+def _detected(cxx: str | None, path: str | None) -> Target:
+    """The best target of the processor that the compiler knows; the one below it otherwise."""
+    flags, compiler = cpu_flags(), find_compiler(cxx)
     for isa, needs in _NEEDS:
-        if needs <= flags and (not TARGETS[isa].tiles or _tiles_permitted()):
-            return TARGETS[isa]
+        target = TARGETS[isa]
+        if not needs <= flags or (target.tiles and not _tiles_permitted()):
+            continue
+        if isinstance(compiler, NoKernel) or knows(compiler, target.flags, _TELLING[isa]):
+            return target
+        warnings.warn(
+            f"{compiler.command[0]} does not know the instructions {isa} of this processor. "
+            "Slower kernels are used.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return TARGETS["portable"]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from rewriter.backends.cpu import build
 from rewriter.backends.cpu.build import Compiler, NoKernel, Unit, built, find_compiler, intact, load
-from rewriter.backends.cpu.target import TARGETS, VARIABLE, host_target
+from rewriter.backends.cpu.target import TARGETS, VARIABLE, Target, host_target
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int f(int x) { return x + 1; }\n'
 UNIT = Unit("plus_one", SOURCE, TARGETS["portable"])
@@ -221,3 +221,27 @@ def test_the_target_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host_target() == TARGETS["portable"]
     monkeypatch.setenv(VARIABLE, "mmx")
     assert "mmx" in str(host_target())
+
+
+def test_a_compiler_without_an_instruction_set_gets_a_lower_target(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that knows no tiles and no AVX-512: the processor's are not used then."""
+    script = tmp_path / "old-g++"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *-mavx512*|*-mamx*) echo "error: unknown" >&2; exit 1; esac\n'
+        'exec g++ "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    best = host_target()
+    monkeypatch.setenv("CXX", str(script))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = host_target()
+    assert isinstance(best, Target) and isinstance(found, Target)
+    if any("avx512" in flag for flag in best.flags):
+        assert "old-g++ does not know" in str(said[0].message)
+    assert not any("avx512" in flag or "amx" in flag for flag in found.flags)
+    library = load(Unit("plus_one", SOURCE, found))
+    assert not isinstance(library, NoKernel) and library.f(1) == 2

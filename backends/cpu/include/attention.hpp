@@ -33,7 +33,8 @@ struct Call {
     const int32_t *starts, *blocks;
     const uint8_t* full;
     const uint8_t* const* tables;
-    void *k_ready, *v_ready;  // rows of DK and DV without gaps, float or pairs
+    void *k_ready, *v_ready;  // rows of DK and DV without gaps, float or pairs, or tiles
+    uint8_t* marks;           // of tiles: which blocks of 32 keys hold numbers that are not finite
     long pack_k, pack_v;      // whether they have to be filled first
     long B, H, Hkv, M, N;
     long q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n;
