@@ -47,18 +47,19 @@ template <int C, int A, int B> static ALWAYS_INLINE void tile_multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 #else
+#define OUT_OF_LINE __attribute__((noinline))  // or a unit takes minutes to compile
 struct Tiles {};
 static thread_local int32_t tile_registers[8][TILE][TILE];
-template <int T> static inline void tile_zero() { memset(tile_registers[T], 0, 1024); }
-template <int T> static inline void tile_load(const void* p, long stride) {
+template <int T> static OUT_OF_LINE void tile_zero() { memset(tile_registers[T], 0, 1024); }
+template <int T> static OUT_OF_LINE void tile_load(const void* p, long stride) {
     for (int r = 0; r < TILE; ++r)
         memcpy(tile_registers[T][r], (const char*)p + r * stride, 64);
 }
-template <int T> static inline void tile_store(void* p, long stride) {
+template <int T> static OUT_OF_LINE void tile_store(void* p, long stride) {
     for (int r = 0; r < TILE; ++r)
         memcpy((char*)p + r * stride, tile_registers[T][r], 64);
 }
-template <int C, int A, int B> static inline void tile_multiply() {
+template <int C, int A, int B> static OUT_OF_LINE void tile_multiply() {
     auto half = [](int32_t x, int odd) { return to_float(bf16{(uint16_t)(x >> 16 * odd)}); };
     for (int r = 0; r < TILE; ++r)
         for (int n = 0; n < TILE; ++n) {
