@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rewriter.backends.ops.divergence import divergence as rows_divergence
+from rewriter.distill.sharding import total
 
 
 def output_error(
@@ -31,7 +32,10 @@ def output_error(
         out, target = out[valid], target[valid]
     else:
         out, target = out.flatten(0, -2), target.flatten(0, -2)
-    spread = (target - target.mean(dim=0, keepdim=True)).square().mean()
+    # Mean and spread are those of the whole batch, whoever holds its rows.
+    rows = total(torch.full((), target.shape[0], dtype=torch.float32, device=target.device))
+    middle = total(target.sum(dim=0)) / rows
+    spread = total((target - middle).square().sum()) / (rows * target.shape[1])
     return (out - target).square().mean() / spread.clamp_min(1e-12)
 
 

@@ -23,6 +23,7 @@ from rewriter.distill.data import Rows
 from rewriter.distill.lora import inject_lora
 from rewriter.distill.losses import divergence, output_error
 from rewriter.distill.precision import compute_dtype
+from rewriter.distill.sharding import as_sharded, shard, whole
 from rewriter.errors import UsageError
 from rewriter.passes.verify.compare import first_tensor, tensors_of
 
@@ -102,10 +103,11 @@ class MatchLayers:
         tensors: dict[int, torch.Tensor] = {}
         self.teacher = private_copy(teacher, dtype, tensors)
         self.student = private_copy(student, dtype, tensors, master=names)
+        for name in names:
+            self.student.get_parameter(name).requires_grad_(True)
+        shard(self.student, names)
         self.core = {n: self.student.get_parameter(n) for n in names}
         self.rates = core_rates(self.student)
-        for parameter in self.core.values():
-            parameter.requires_grad_(True)
         self.body: dict[str, nn.Parameter] = {}
         learning = {
             path: [f"{at}.{n}" for at, core in cores.items() for n, _ in core.named_parameters()]
@@ -191,11 +193,13 @@ class MatchLogits:
                 "Nothing would train: the rewritten modules have no new parameters, so choose "
                 "train 'lora' or 'all' for the 'logits' stage."
             )
+        trained = {*names, *body}
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in trained)
+        shard(self.student, trained)
         self.core = {n: self.student.get_parameter(n) for n in names}
         self.rates = core_rates(self.student)
         self.body = {n: self.student.get_parameter(n) for n in body}
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(name in self.core or name in self.body)
         self.groups = [[*self.core, *self.body]]
 
     def backward(self, rows: Rows, scale: float) -> Losses:
@@ -227,7 +231,7 @@ class MatchLogits:
         if self._lora:
             with torch.no_grad():
                 for name in self.body:
-                    self.body[name].copy_(values[name])
+                    self.body[name].copy_(as_sharded(values[name], self.body[name]))
             update = {
                 f"{path}.weight": _merger(layer.get_delta_weight("default"))
                 for path, layer in self._lora.items()
@@ -238,7 +242,8 @@ class MatchLogits:
 
 
 def _merger(delta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda old: old + delta.detach().float()
+    full = whole(delta.detach()).float()
+    return lambda old: old + full
 
 
 def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

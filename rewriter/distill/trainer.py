@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from rewriter.distill import sharding
 from rewriter.distill.config import Budget
 from rewriter.distill.data import Order, Rows
 from rewriter.distill.progress import Progress, Reporter
@@ -104,19 +105,21 @@ class Masters:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Values and optimiser state by flat names."""
-        out = {f"value.{name}": value.detach() for name, value in self.values.items()}
+        out = {f"value.{n}": sharding.whole(v.detach()) for n, v in self.values.items()}
         for name, value in self.values.items():
             for slot, tensor in self.optimiser.state[value].items():
-                out[f"{slot}.{name}"] = tensor
+                out[f"{slot}.{name}"] = sharding.whole(tensor)
         return out
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore what `state` returned."""
         with torch.no_grad():
             for name, value in self.values.items():
-                value.copy_(tensors[f"value.{name}"])
+                value.copy_(sharding.as_sharded(tensors[f"value.{name}"], value))
         for name, value in self.values.items():
             slots = {s: tensors[f"{s}.{name}"].clone() for s in SLOTS if f"{s}.{name}" in tensors}
+            for slot in slots.keys() - {"step"}:
+                slots[slot] = sharding.as_sharded(slots[slot], value)
             if slots:
                 self.optimiser.state[value] = slots
         self._publish()
@@ -192,11 +195,11 @@ class Trainer:
             # The rate of a step is taken in its middle, so that neither end of it is wasted.
             point = fraction if budget.steps is None else max(fraction, (step + 0.5) / budget.steps)
             rates = [learning_rate(budget, lr, min(1.0, point)) for lr in masters.base_lr]
-            losses = self._accumulate(stage, order, budget, step)
+            losses = self._accumulate(stage, order, budget, step, masters)
             masters.step(rates, stage.groups, budget.clip)
             means.add(losses)
             step += 1
-            elapsed = spent + time.monotonic() - begun
+            (elapsed,) = self._agreed([spent + time.monotonic() - begun], masters)
             done = _fraction(budget, step, elapsed)
             self.reporter.update(
                 Progress(
@@ -215,18 +218,29 @@ class Trainer:
                 done >= 1.0 or (self.every > 0 and step % self.every == 0)
             ):
                 tensors = {**masters.state(), "rng": torch.get_rng_state()}
-                self.save(Snapshot(stage.name, step, elapsed, self.digest, tensors))
-        values = {name: value.detach().clone() for name, value in masters.values.items()}
+                if sharding.is_first():
+                    self.save(Snapshot(stage.name, step, elapsed, self.digest, tensors))
+        values = {n: sharding.whole(v.detach()).clone() for n, v in masters.values.items()}
         return means.result(stage, step, step * tokens_a_step, elapsed), values
 
-    def _accumulate(self, stage: Stage, order: Order, budget: Budget, step: int) -> Losses:
+    @staticmethod
+    def _agreed(numbers: list[float], masters: Masters) -> list[float]:
+        """Means over the processes that train together, so that all of them go the same way."""
+        return sharding.mean(numbers, next(iter(masters.values.values())).device)
+
+    def _accumulate(
+        self, stage: Stage, order: Order, budget: Budget, step: int, masters: Masters
+    ) -> Losses:
         total, parts = 0.0, dict[str, float]()
         for micro in range(budget.accumulate):
             index = order.batch_at(step * budget.accumulate + micro)
-            losses = stage.backward(self.rows.take(index), 1.0 / budget.accumulate)
-            total += losses.total / budget.accumulate
+            rows, weight = sharding.part(self.rows.take(index))
+            losses = stage.backward(rows, weight / budget.accumulate)
+            total += losses.total * weight / budget.accumulate
             for name, value in losses.parts.items():
-                parts[name] = parts.get(name, 0.0) + value / budget.accumulate
+                parts[name] = parts.get(name, 0.0) + value * weight / budget.accumulate
+        total, *agreed = self._agreed([total, *parts.values()], masters)
+        parts = dict(zip(parts, agreed, strict=True))
         if not math.isfinite(total):
             bad = next((n for n, v in parts.items() if not math.isfinite(v)), "the logits")
             raise DivergedError(

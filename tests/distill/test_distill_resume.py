@@ -85,7 +85,8 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> 
         (folder, resumed, "logits", 4, "step"),
         (folder, resumed, "", 0, ""),
     ]
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(CONFIG), json.dumps(attempts)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
