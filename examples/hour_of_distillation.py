@@ -1,7 +1,8 @@
 """What distillation on a CPU reaches: a hybrid and an all-linear student beside a tuned teacher.
 
     python examples/hour_of_distillation.py teacher --assets assets
-    python examples/hour_of_distillation.py hybrid --assets assets    (and again with --window 256)
+    python examples/hour_of_distillation.py hybrid --assets assets
+    python examples/hour_of_distillation.py hybrid --assets assets --window 256 --rows 2
     python examples/hour_of_distillation.py linear --assets assets
     python examples/hour_of_distillation.py page
 
@@ -135,8 +136,10 @@ class CpuLines(PlainLines):
 
 
 def label(name: str, options: argparse.Namespace) -> str:
-    """Name of a part's files: with its window where that is not 64."""
-    return name if options.window == 64 else f"{name}-{options.window}"
+    """Name of a run and of what it writes."""
+    window = "" if options.window == 64 else f"-{options.window}"
+    rows = "" if options.rows == 1 or name not in LOG_RATIOS else f"-rows{options.rows}"
+    return f"{name}{window}{rows}"
 
 
 def opened(assets: Path, dtype: str) -> Any:
@@ -156,6 +159,8 @@ def train(name: str, options: argparse.Namespace) -> None:
         key: {"length": LENGTH, "checkpoint_every": 10, "fit": LENGTH, key: value}
         for key, value in CONFIGS[name].items()
     }
+    if name in LOG_RATIOS:
+        stages["logits"]["logits"] = {**stages["logits"]["logits"], "accumulate": options.rows}
     for key, settings in stages.items():
         teacher = source.model
         if key == "logits" and name != "teacher":
@@ -212,6 +217,7 @@ TITLES = {
     "hybrid-windows": "hybrid: windows alone, untrained",
     "hybrid": "hybrid, distilled",
     "hybrid-256": "hybrid with windows of 256, distilled",
+    "hybrid-256-rows2": "the same on all rows of the teacher",
     "linear-windows": "all layers: windows alone, untrained",
     "linear": "all layers, distilled",
 }
@@ -274,6 +280,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--out", type=Path, default=Path("out/hour"))
     parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=1, help="of a step of a student (teacher: 2)")
     parser.add_argument("--page", type=Path, default=Path("docs/distillation.md"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
