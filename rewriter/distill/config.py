@@ -13,6 +13,7 @@ from rewriter.errors import InputError, UsageError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Trained = Literal["core", "lora", "all"]
+AttentionLoss = Literal["cross_entropy", "frobenius"]
 
 
 class _Strict(BaseModel):
@@ -58,9 +59,26 @@ class LayerStage(Budget):
 
     A short run wants a high rate: in layer 3 of SmolLM2-135M, 48 steps of one row of 1,024 tokens
     brought the held-out loss from 0.74 to 0.37 at 1e-2 and to 0.26 at 3e-2.
+
+    Attributes:
+        output: weight of the error of the outputs (`losses.output_error`).
+        attention: a loss on the attention weights beside it, or None. For mixers that state
+            theirs (hedgehog, hedgehog_window), in one process.
+        attention_weight: its weight.
+        attention_rows: queries of a layer whose weights are held in float32 at once.
     """
 
     lr: float = Field(default=3e-2, gt=0)
+    output: float = Field(default=1.0, ge=0)
+    attention: AttentionLoss | None = None
+    attention_weight: float = Field(default=1.0, gt=0)
+    attention_rows: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> LayerStage:
+        if self.output == 0 and self.attention is None:
+            raise ValueError("give 'output' a weight or choose a loss for 'attention'")
+        return self
 
 
 class LogitStage(Budget):

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from rewriter.distill.config import DistillConfig, LogitStage
+from rewriter.distill.attention import attention_losses, check_attention
+from rewriter.distill.config import DistillConfig, LayerStage, LogitStage
 from rewriter.distill.copies import (
     core_names,
     core_rates,
     learning_owners,
     private_copy,
+    rewritten_owners,
     write_body,
     write_core,
 )
@@ -23,8 +25,10 @@ from rewriter.distill.data import Rows
 from rewriter.distill.lora import inject_lora
 from rewriter.distill.losses import divergence, output_error
 from rewriter.distill.precision import compute_dtype
-from rewriter.distill.sharding import as_sharded, shard, whole
+from rewriter.distill.sharding import as_sharded, shard, size, whole
 from rewriter.errors import UsageError
+from rewriter.mixers.base import Mixer
+from rewriter.mixers.tokens import Tokens
 from rewriter.passes.verify.compare import first_tensor, tensors_of
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -93,6 +97,8 @@ class MatchLayers:
 
     def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillConfig):
         """Args: the models as given (they are not changed) and the settings."""
+        assert config.layers is not None
+        self.options: LayerStage = config.layers
         names = core_names(student)
         if not names:
             raise UsageError(
@@ -117,6 +123,9 @@ class MatchLayers:
             path: self.student.get_submodule(path) for path in learning if learning[path]
         }
         self.groups = [learning[path] for path in self.owners]
+        self.cores: dict[str, list[Mixer]] = {path: [] for path in self.owners}
+        if self.options.attention is not None:
+            self._state_attention()
         self._calls: int | None = None  # calls of rewritten modules in one forward, once known
 
     def backward(self, rows: Rows, scale: float) -> Losses:
@@ -127,13 +136,9 @@ class MatchLayers:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
                 clean = {k: None if k in CACHE_ARGUMENTS else v for k, v in kwargs.items()}
                 with torch.enable_grad():
-                    out = _hidden(self.owners[path](*args, **clean))
-                    loss = output_error(out, _hidden(output), rows.mask)
-                    torch.autograd.backward(loss * scale)
+                    loss = self._learn(path, args, clean, _hidden(output), rows.mask, scale)
                 calls[path] += 1
-                parts[path] = (
-                    parts.get(path, 0.0) + (loss.item() - parts.get(path, 0.0)) / (calls[path])
-                )
+                parts[path] = parts.get(path, 0.0) + (loss - parts.get(path, 0.0)) / (calls[path])
                 if self._calls is not None and sum(calls.values()) >= self._calls:
                     raise _DoneSignal
 
@@ -160,6 +165,66 @@ class MatchLayers:
         if all(count == 1 for count in calls.values()):
             self._calls = len(calls)
         return Losses(sum(parts.values()) / len(parts), parts)
+
+    def _state_attention(self) -> None:
+        """Find the cores that learn from attention weights.
+
+        Raises:
+            UsageError: a module has none, or one that cannot, or there are several processes.
+        """
+        if size() > 1:
+            raise UsageError(
+                "Losses on attention weights are computed in one process only: leave out "
+                "'attention' of the stage 'layers', or train in one process."
+            )
+        rewritten = rewritten_owners(self.student)
+        for path in self.owners:
+            found = [c for c in rewritten.get(path, {}).values() if list(c.parameters())]
+            self.cores[path] = found
+            for core in found:
+                check_attention(core)
+            if not found and self.options.output == 0:
+                raise UsageError(
+                    f"'{path}' has no attention weights to learn, and the outputs have no weight: "
+                    "give 'output' of the stage 'layers' a weight."
+                )
+
+    def _learn(
+        self,
+        path: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        target: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> float:
+        """Run one of the student's modules on the teacher's input, and backward; its loss."""
+        options, given = self.options, dict[Mixer, Tokens]()
+
+        def keep(core: Mixer, args: Any, kwargs: dict[str, Any]) -> None:
+            wanted = {k: v for k, v in kwargs.items() if k in ("terms", "hidden")}
+            given[core] = core.tokens(*args, **wanted)
+
+        handles = [c.register_forward_pre_hook(keep, with_kwargs=True) for c in self.cores[path]]
+        try:
+            with torch.set_grad_enabled(options.output > 0):
+                out = _hidden(self.owners[path](*args, **kwargs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        value = 0.0
+        if options.output > 0:
+            loss = options.output * output_error(out, target, mask)
+            torch.autograd.backward(loss * scale)
+            value += loss.item()
+        del out
+        for core, x in given.items():
+            assert options.attention is not None
+            weight = options.attention_weight / len(given)
+            for share in attention_losses(core, x, options.attention, options.attention_rows):
+                torch.autograd.backward(share * (weight * scale))
+                value += weight * share.item()
+        return value
 
     def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
         write_core(student, values)

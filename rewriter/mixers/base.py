@@ -155,6 +155,25 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def attention_rows(self, x: Tokens, queries: slice) -> torch.Tensor:
+        """Its own normalised attention weights of some queries, for losses on them.
+
+        Args:
+            x: tokens from the start of a sequence, with x.state None.
+            queries: which of them, with a start and a stop.
+
+        Returns:
+            (B, H, queries, n) float32 that can be differentiated; rows sum to 1, and those of
+            padding are 0.
+
+        Raises:
+            UnsupportedError: it has no weights to state.
+        """
+        raise UnsupportedError(
+            f"'{self.site.fqn}': {self.info.name} does not state its attention weights, so it "
+            "cannot learn from the teacher's; leave out 'attention' of the stage 'layers'"
+        )
+
     def fit(self, x: Tokens, target: torch.Tensor) -> None:
         """Move the start nearer to the original: what it gives for tokens x is `target`.
 

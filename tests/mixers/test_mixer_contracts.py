@@ -19,6 +19,7 @@ from rewriter.mixers.base import Mixer, MixerOptions
 from rewriter.mixers.hybrid.hedgehog_window import HedgehogWindow, HedgehogWindowOptions
 from rewriter.mixers.linear.hedgehog import Hedgehog, HedgehogOptions
 from rewriter.mixers.sparse.sink_window import SinkWindow, SinkWindowOptions
+from rewriter.mixers.tokens import Tokens
 
 KINDS: dict[str, tuple[type[Mixer], MixerOptions]] = {
     "sink_window": (SinkWindow, SinkWindowOptions(window=6, sinks=2)),
@@ -154,20 +155,20 @@ def test_dense_weights_are_those_of_mix(name: str, mask: Mask) -> None:
     if name == "hedgehog_window" and mask is BOTH_WAYS:
         pytest.skip("causal only")
     mixer = build(name, make_site(mask))
-    assert isinstance(mixer, Hedgehog | HedgehogWindow)
     q, k, v = qkv(mixer.site, N)
     valid = torch.ones(2, N, dtype=torch.bool)
     valid[0, :5] = False
-    weights = mixer.weights(q, k, valid)
+    x, every = Tokens(q, k, v, valid=valid), slice(0, N)
+    weights = mixer.attention_rows(x, every)
     assert weights.dtype == torch.float32
     sums = weights.sum(-1)[:, :, 5:]
     close(sums, torch.ones_like(sums))
+    close(mixer.attention_rows(x, slice(7, 19)), weights[:, :, 7:19])
     close(run(mixer, q, k, v, valid), weights @ v.repeat_interleave(2, 1))
     for branch in mixer.branches:
         with mixer.without(branch):
-            close(
-                run(mixer, q, k, v, valid), mixer.weights(q, k, valid) @ v.repeat_interleave(2, 1)
-            )
+            weights = mixer.attention_rows(x, every)
+            close(run(mixer, q, k, v, valid), weights @ v.repeat_interleave(2, 1))
 
 
 def test_branches_switch_off_what_they_say() -> None:

@@ -95,19 +95,13 @@ class HedgehogWindow(Windowed):
         ratio = self.log_ratio.float().exp()
         return run(self.active(), x, x.q, x.k, x.v, self.map_q(x.q), self.map_k, ratio)
 
-    def weights(
-        self, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Attention weights in full, (B, H, N, N) float32, for losses and tests.
-
-        Args: q (B, H, N, Dk), k (B, Hkv, N, Dk), valid (B, N) bool or None.
-        """
+    def attention_rows(self, x: Tokens, queries: slice) -> torch.Tensor:
         assert isinstance(self.options, HedgehogWindowOptions)
-        n, group = k.shape[-2], self.site.heads.group
+        q, k, valid, group = x.q[:, :, queries], x.k, x.valid, self.site.heads.group
         if valid is None:
-            valid = torch.ones(k.shape[0], n, dtype=torch.bool, device=k.device)
-        at = torch.arange(n, device=k.device)
-        distance = at[:, None] - at
+            valid = torch.ones(x.batch, x.count, dtype=torch.bool, device=k.device)
+        at = torch.arange(x.count, device=k.device)
+        distance = at[queries, None] - at
         sink = valid & (valid.long().cumsum(-1) <= self.options.sinks)
         seen = (valid[:, None, :] & (distance >= 0))[:, None]
         close = seen & ((distance < self.options.window) | sink[:, None, None, :])
@@ -125,5 +119,6 @@ class HedgehogWindow(Windowed):
         weight = far if "window" in self.disabled else near
         if not self.disabled:
             weight = near + far
+        weight = weight * valid[:, None, queries, None]
         mass = weight.sum(-1, keepdim=True)
         return weight / torch.where(mass > 0, mass, 1.0)

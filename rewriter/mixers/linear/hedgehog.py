@@ -72,19 +72,13 @@ class Hedgehog(Mixer):
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         return run(self.spec, x, self.map_q(x.q), self.map_k(x.k), x.v)
 
-    def weights(
-        self, q: torch.Tensor, k: torch.Tensor, valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Attention weights in full, (B, H, N, N) float32, for losses and tests.
-
-        Args: q (B, H, N, Dk), k (B, Hkv, N, Dk), valid (B, N) bool or None.
-        """
-        keys = self.map_k(k).repeat_interleave(self.site.heads.group, 1)
-        weight: torch.Tensor = self.map_q(q) @ keys.transpose(-1, -2)
+    def attention_rows(self, x: Tokens, queries: slice) -> torch.Tensor:
+        keys = self.map_k(x.k).repeat_interleave(self.site.heads.group, 1)
+        weight: torch.Tensor = self.map_q(x.q[:, :, queries]) @ keys.transpose(-1, -2)
         if self.site.kind == "causal":
-            weight = weight.tril()
-        if valid is not None:
-            both = valid[:, None, :, None] & valid[:, None, None, :]
+            weight = weight.tril(queries.start)
+        if x.valid is not None:
+            both = x.valid[:, None, queries, None] & x.valid[:, None, None, :]
             weight = weight.masked_fill(~both, 0.0)
         mass = weight.sum(-1, keepdim=True)
         return weight / torch.where(mass > 0, mass, 1.0)
