@@ -49,7 +49,8 @@ def distill(
         ),
     ],
     config: Annotated[
-        Path | None, typer.Option(help="All settings, as YAML or JSON; options change them.")
+        str | None,
+        typer.Option(help="All settings: a recipe or a YAML or JSON file; options change them."),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -169,22 +170,22 @@ def _check_work(work: Path, resume: bool) -> None:
 
 
 def _settings(
-    path: Path | None,
+    source: str | None,
     given: dict[str, Any],
     train: str | None,
     minutes: float | None,
     steps: int | None,
 ) -> DistillConfig:
-    """The config file or the default, with what the command line says on top.
+    """The recipe, the config file or the default, with what the command line says on top.
 
     Raises:
         UsageError: the options do not fit together.
     """
-    from rewriter.distill import load_config, parse_config
+    from rewriter.distill import named_config, parse_config
 
     data: dict[str, Any]
-    if path is not None:
-        data = load_config(path).model_dump(mode="json")
+    if source is not None:
+        data = named_config(source).model_dump(mode="json")
     else:
         data = {"layers": {}, "logits": {}}
         if minutes is None and steps is None:
@@ -199,7 +200,7 @@ def _settings(
         for name, share in _shares(stages).items():
             data[name]["max_seconds"] = None if minutes is None else 60 * minutes * share
             data[name]["steps"] = None if steps is None else max(1, round(steps * share))
-    return parse_config(data, "the distillation config" if path is None else f"'{path}'")
+    return parse_config(data, "the distillation config" if source is None else f"'{source}'")
 
 
 def _shares(stages: list[str]) -> dict[str, float]:

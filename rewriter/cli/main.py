@@ -18,6 +18,7 @@ from rewriter.cli.guard import GuardedGroup
 from rewriter.cli.inspecting import inspect
 from rewriter.cli.planning import plan
 from rewriter.cli.profiling import profile
+from rewriter.cli.recipes import recipes
 from rewriter.cli.reporting import report
 from rewriter.cli.sensing import sensitivity
 
@@ -69,6 +70,7 @@ _add(
     distill,
     "distill",
     "rewriter distill ./model ./converted --text book.txt --out ./student --minutes 10",
+    "rewriter distill ./model ./converted --text book.txt --out ./student --config lolcats",
 )
 _add(
     evaluate,
@@ -80,6 +82,7 @@ _add(
     "generate",
     'rewriter generate ./student --prompt "Once upon a time" --max-new-tokens 40',
 )
+_add(recipes, "recipes", "rewriter recipes", "rewriter recipes hedgehog")
 _add(mixers, "mixers", "rewriter mixers hedgehog_window")
 _add(
     bench,

@@ -9,6 +9,7 @@ from rewriter.distill.config import (
 )
 from rewriter.distill.data import Corpus, Rows, packed_corpus, padded_corpus, read_texts
 from rewriter.distill.progress import LiveProgress, PlainLines, Progress, Reporter, Silent
+from rewriter.distill.recipe import Recipe, named_config, recipe, recipe_names
 from rewriter.distill.run import DistillResult, distill
 
 __all__ = [
@@ -20,13 +21,17 @@ __all__ = [
     "LogitStage",
     "PlainLines",
     "Progress",
+    "Recipe",
     "Reporter",
     "Rows",
     "Silent",
     "distill",
     "load_config",
+    "named_config",
     "packed_corpus",
     "padded_corpus",
     "parse_config",
     "read_texts",
+    "recipe",
+    "recipe_names",
 ]

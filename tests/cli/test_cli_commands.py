@@ -286,6 +286,18 @@ def test_distill_refuses_what_cannot_work(
     assert "no.txt" in failed(gone, 3)
 
 
+def test_recipes(tiny: Path, tmp_path: Path) -> None:
+    out = run("recipes").stdout
+    listed = {r["name"]: r for r in run_json("recipes")["recipes"]}
+    assert {"hedgehog", "lolcats", "mohawk", "radlads", "mambainllama", "demo"} == set(listed)
+    assert all(name in out for name in listed)
+    assert "attention: cross_entropy" in run("recipes", "hedgehog").stdout
+    assert run_json("recipes", "hedgehog") == listed["hedgehog"]
+    assert "did you mean 'hedgehog'" in failed(run("recipes", "hedghog"), 2)
+    words = ("--text", tmp_path / "no.txt", "--out", tmp_path / "out", "--config", "lolcat")
+    assert "no recipe 'lolcat'" in failed(run("distill", tiny, tiny, *words), 2)
+
+
 def test_mixers() -> None:
     out = run("mixers")
     assert {"keep", "sink_window", "hedgehog", "hedgehog_window"} <= {

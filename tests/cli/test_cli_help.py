@@ -12,6 +12,7 @@ COMMANDS = (
     "plan",
     "convert",
     "distill",
+    "recipes",
     "eval",
     "generate",
     "mixers",
