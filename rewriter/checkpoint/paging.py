@@ -41,13 +41,18 @@ class Pages:
         no /proc/self/smaps (not Linux) nothing is given back.
         """
 
-        def after(*_: Any) -> None:
-            if resident_file_bytes() > self.limit:
-                self.give_back()
-
         if not self.files:
             yield
             return
+        self.give_back()
+        others = resident_file_bytes()  # libraries: theirs to keep
+
+        def after(*_: Any) -> None:
+            nonlocal others
+            if resident_file_bytes() - others > self.limit:
+                self.give_back()
+                others = resident_file_bytes()
+
         handle = register_module_forward_hook(after)
         try:
             yield

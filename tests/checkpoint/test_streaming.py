@@ -64,7 +64,7 @@ def test_a_streamed_conversion_is_the_one_in_memory(sharded: Path, tmp_path: Pat
     torch.manual_seed(1)
     out = command(
         *("convert", sharded, "--policy", policy_file(tmp_path), "--out", target),
-        *("--memory", "100 kB"),
+        *("--memory", "150 kB"),
     )
     assert out.exit_code == 0, out.stderr
     assert "module by module" in out.stdout and "the whole model was not run again" in out.stdout
