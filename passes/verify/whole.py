@@ -53,23 +53,27 @@ def check_model(
         detail = f"the original model itself: {own / scale:.1e}"
         return judged(number, check, "model", ours / scale, max(bound, 2 * own / scale), detail)
 
-    def rounding(measure: Callable[[nn.Module], float]) -> float | None:
-        return measure(original) if half else None
+    theirs = _run(original, ids, examples) if half else None
+
+    def rounding(measure: Callable[[nn.Module, torch.Tensor], float]) -> float | None:
+        return None if theirs is None else measure(original, theirs)
 
     refused = undecodable(rewritten)
     if examples.cached and refused is not None:
         yield ContractResult(3, "logits with a cache", "model", "not applicable", detail=refused)
     elif examples.cached:
-        theirs = rounding(lambda model: max(_drift(model, ids, examples).values()))
-        for name, measured in _drift(rewritten, ids, examples).items():
+        drift = partial(_drift, ids=ids, examples=examples)
+        own = rounding(lambda model, plain: max(drift(model, plain).values()))
+        for name, measured in drift(rewritten, full).items():
             check = f"logits with a cache, {name}, = full forward"
-            yield judge(3, check, measured, theirs, bound)
+            yield judge(3, check, measured, own, bound)
     if causal:
         leak = partial(_leak, ids=ids, examples=examples)
         check = "later tokens change no earlier output"
-        yield judge(4, check, leak(rewritten), rounding(leak), bound / 10)
+        yield judge(4, check, leak(rewritten, full), rounding(leak), bound / 10)
     mixed = partial(_batch_difference, ids=ids, examples=examples)
-    yield judge(4, "batch rows are independent", mixed(rewritten), rounding(mixed), bound)
+    check = "batch rows are independent"
+    yield judge(4, check, mixed(rewritten, full), rounding(mixed), bound)
     if examples.padded is not None:
         for side in ("left", "right"):
             seen = partial(_padded_difference, ids=ids, examples=examples, side=side)
@@ -124,26 +128,28 @@ def _cached(
     return torch.cat(outs, dim=1)
 
 
-def _drift(model: nn.Module, ids: torch.Tensor, examples: Examples) -> dict[str, float]:
+def _drift(
+    model: nn.Module, full: torch.Tensor, ids: torch.Tensor, examples: Examples
+) -> dict[str, float]:
     """Largest difference of logits, cached against full, by schedule."""
-    full = _run(model, ids, examples)
     return {
         name: max_difference(_cached(model, ids, examples, sizes), full)
         for name, sizes in _splits().items()
     }
 
 
-def _leak(model: nn.Module, ids: torch.Tensor, examples: Examples) -> float:
+def _leak(model: nn.Module, full: torch.Tensor, ids: torch.Tensor, examples: Examples) -> float:
     """How far changing the second half of the tokens moves the outputs of the first."""
     changed = ids.clone()
     changed[:, LENGTH // 2 :] = (changed[:, LENGTH // 2 :] + 1) % examples.vocabulary
     first = slice(0, LENGTH // 2)
-    before, after = _run(model, ids, examples), _run(model, changed, examples)
-    return max_difference(after[:, first], before[:, first])
+    return max_difference(_run(model, changed, examples)[:, first], full[:, first])
 
 
-def _batch_difference(model: nn.Module, ids: torch.Tensor, examples: Examples) -> float:
-    return max_difference(_run(model, ids[:1], examples), _run(model, ids, examples)[:1])
+def _batch_difference(
+    model: nn.Module, full: torch.Tensor, ids: torch.Tensor, examples: Examples
+) -> float:
+    return max_difference(_run(model, ids[:1], examples), full[:1])
 
 
 def _padded_difference(
