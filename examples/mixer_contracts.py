@@ -33,8 +33,8 @@ from rewriter.bench.machine import this_machine
 from rewriter.checkpoint import open_checkpoint
 from rewriter.errors import VerificationError
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.passes.compare import first_tensor, max_difference
 from rewriter.passes.examples import examples_for
-from rewriter.passes.verify.compare import first_tensor, max_difference
 
 LAYERS = list(range(12, 18))  # of SmolLM2
 WINDOW = {"window": 16, "sinks": 4}  # short, so that something is out of sight in a short call

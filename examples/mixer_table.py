@@ -39,9 +39,9 @@ from rewriter.evaluate import SuiteOptions, measure
 from rewriter.ir.site import AttentionSite
 from rewriter.mixers.channel.registry import get as get_channel
 from rewriter.mixers.registry import available
+from rewriter.passes.compare import first_tensor
 from rewriter.passes.examples import examples_for
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
-from rewriter.passes.verify.compare import first_tensor
 from rewriter.planner import head_scores
 
 TEXT = Path(__file__).parent / "data" / "state_of_the_union.txt"

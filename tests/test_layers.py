@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,43 @@ def test_imports_point_downward() -> None:
             if theirs is not None and theirs > mine:
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
+
+
+def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run when a module is imported: none of a function, none for types alone."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        for part in ("body", "orelse", "finalbody"):
+            yield from run_on_import(getattr(node, part, []))
+
+
+def needed(path: Path) -> Iterator[str]:
+    """What importing a file imports first, with the packages that hold it."""
+    for node in run_on_import(ast.parse(path.read_text(encoding="utf-8")).body):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+
+def test_any_module_can_be_imported_first() -> None:
+    """No cycle of imports, counting the packages that an import runs on its way."""
+    files = dict(sources())
+    graph = nx.DiGraph(
+        (module, name)
+        for module, path in files.items()
+        for name in needed(path)
+        if name in files and not f"{module}.".startswith(f"{name}.")
+    )
+    assert [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1] == []
 
 
 def test_no_file_is_too_long_to_hold_one_idea() -> None:

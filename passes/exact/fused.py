@@ -21,8 +21,8 @@ from rewriter.backends.measured import remembered
 from rewriter.backends.ops.regions import plain
 from rewriter.errors import UsageError
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.passes.compare import max_difference
 from rewriter.passes.realise.subclass import InPlace, become
-from rewriter.passes.verify.compare import max_difference
 from rewriter.plan import FusedModule
 from rewriter.timing import interleaved
 

@@ -23,13 +23,13 @@ from rewriter.backends.ops.linear import linear
 from rewriter.errors import UsageError
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.passes.capture import Captured
+from rewriter.passes.compare import max_difference
 from rewriter.passes.match.view import View
 from rewriter.passes.normalise.layout import permutation
 from rewriter.passes.normalise.noops import is_noop
 from rewriter.passes.normalise.ops import op, operand
 from rewriter.passes.provenance import call_number, module_path
 from rewriter.passes.realise.subclass import InPlace, become
-from rewriter.passes.verify.compare import max_difference
 from rewriter.plan import LinearLayer
 
 STATE = "_linear_layer"

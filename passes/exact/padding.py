@@ -23,11 +23,11 @@ from rewriter.ir.contract import ContractResult, judged
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.exact.fused import Fused
 from rewriter.mixers.exact.packing import CannotPackError, packed
+from rewriter.passes.compare import max_difference
 from rewriter.passes.exact.tokenwise import mixing
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise.calls import Observed, Path, Signature, map_leaves, observe, walk
 from rewriter.passes.realise.subclass import InPlace, become
-from rewriter.passes.verify.compare import max_difference
 from rewriter.plan import PackedLayer
 
 STATE = "_packed_layer"

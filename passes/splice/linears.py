@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from rewriter.backends.ops.linear import operator, served
+from rewriter.passes.compare import max_difference
 from rewriter.passes.normalise.ops import value
-from rewriter.passes.verify.compare import max_difference
 from rewriter.passes.verify.exact import BOUND
 
 _ROWS = 37

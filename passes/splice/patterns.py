@@ -14,7 +14,7 @@ from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 from rewriter import extension
 from rewriter.extension import GraphPattern
 from rewriter.passes import torch_private
-from rewriter.passes.verify.compare import max_difference
+from rewriter.passes.compare import max_difference
 from rewriter.passes.verify.exact import BOUND
 
 

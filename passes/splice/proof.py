@@ -16,12 +16,12 @@ from torch import fx
 
 from rewriter.ir.mask import Chunk, SymmetricWindow, Window
 from rewriter.ir.site import FillTerm
+from rewriter.passes.compare import max_difference
 from rewriter.passes.match import Match, Operand
 from rewriter.passes.normalise.ops import value
 from rewriter.passes.splice.recipe import tokens
 from rewriter.passes.splice.region import ProbeSizes, RegionError, evaluate
 from rewriter.passes.torch_private import symbolic_expression
-from rewriter.passes.verify.compare import max_difference
 from rewriter.passes.verify.exact import BOUND
 
 _GENERIC, _BATCH = 37, 2

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.passes.compare import first_tensor, max_difference
 from rewriter.passes.exact.rest import rest
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.channel import superseded
 from rewriter.passes.realise.owner import emissions_of
-from rewriter.passes.verify.compare import first_tensor, max_difference
 from rewriter.plan import Decision, Plan
 
 MARK = "core"

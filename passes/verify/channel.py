@@ -14,11 +14,11 @@ from rewriter.ir.contract import ContractResult, judged
 from rewriter.ir.mlp import ChannelMap, MlpSite
 from rewriter.mixers.channel.base import Dense, Projection
 from rewriter.mixers.channel.registry import get
+from rewriter.passes.compare import max_difference, relative_error
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.match.mlp.activations import apply
 from rewriter.passes.realise.calls import Observed, observe
 from rewriter.passes.realise.channel import channel_of, chosen_maps, dense_weight, superseded
-from rewriter.passes.verify.compare import max_difference, relative_error
 from rewriter.plan import Decision
 
 TOLERANCE = 2e-5  # relative to the largest value; the same function in other operators

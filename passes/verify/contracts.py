@@ -13,13 +13,13 @@ from rewriter.ir.contract import ContractResult, judged
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.placed import core_at
 from rewriter.mixers.registry import get
+from rewriter.passes.compare import max_difference
 from rewriter.passes.exact import fused, linears, padding
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target
 from rewriter.passes.realise.channel import superseded
 from rewriter.passes.verify.accounting import check_accounting, check_keys, check_round_trip
 from rewriter.passes.verify.channel import MlpProof, check_mlps
-from rewriter.passes.verify.compare import max_difference
 from rewriter.passes.verify.cores import check_core
 from rewriter.passes.verify.exact import BOUND, check_exact
 from rewriter.passes.verify.gap import check_gap

@@ -12,7 +12,7 @@ from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import State
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.tokens import Tokens
-from rewriter.passes.verify.compare import max_difference
+from rewriter.passes.compare import max_difference
 
 BOUND = 1e-4  # fp32, outputs of order one
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.passes.compare import max_difference, tensors_of
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Target
 from rewriter.passes.realise.calls import map_leaves, observe
-from rewriter.passes.verify.compare import max_difference, tensors_of
 
 _NOISE = 1e-2  # share of the largest gradient of a module below which one counts as this large
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -11,10 +11,10 @@ from torch import nn
 from rewriter.ir.contract import ContractResult
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.placed import core_at
+from rewriter.passes.compare import relative_error, tensors_of
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.realise import Target
 from rewriter.passes.realise.calls import observe
-from rewriter.passes.verify.compare import relative_error, tensors_of
 
 LENGTH = 384
 

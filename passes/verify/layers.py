@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
+from rewriter.passes.compare import max_difference, tensors_of
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.realise import Target
 from rewriter.passes.realise.calls import Observed, map_leaves, observe
-from rewriter.passes.verify.compare import max_difference, tensors_of
 from rewriter.passes.verify.exact import HALF
 from rewriter.passes.verify.proof import TOLERANCE, SiteProof
 from rewriter.passes.verify.whole import LENGTH, token_ids

@@ -12,11 +12,11 @@ from torch import nn
 
 from rewriter.errors import RewriterError
 from rewriter.ir.site import AttentionSite
+from rewriter.passes.compare import first_tensor, max_difference, tensors_of
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.realise.calls import Observed, map_leaves, observe
-from rewriter.passes.verify.compare import first_tensor, max_difference, tensors_of
 
 M = TypeVar("M", bound=nn.Module)
 EXACT = "keep"

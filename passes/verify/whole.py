@@ -12,9 +12,9 @@ from torch import nn
 
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.mixers.base import Mixer
+from rewriter.passes.compare import first_tensor, max_difference
 from rewriter.passes.examples import Call, Examples
 from rewriter.passes.realise.cache_probe import new_cache
-from rewriter.passes.verify.compare import first_tensor, max_difference
 from rewriter.passes.verify.exact import HALF
 
 BOUND = 1e-4

@@ -29,7 +29,7 @@ from rewriter.distill.sharding import as_sharded, shard, size, whole
 from rewriter.errors import UsageError
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.tokens import Tokens
-from rewriter.passes.verify.compare import first_tensor, tensors_of
+from rewriter.passes.compare import first_tensor, tensors_of
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 

@@ -164,6 +164,16 @@ def test_generate_is_the_same_with_and_without_cache(tiny: Path, converted: Path
     assert "chat template" in failed(run(*words, "--chat"), 2)
 
 
+def test_generate_in_a_process_of_its_own(converted: Path) -> None:
+    """Nothing that another command imported is there."""
+    words = ("generate", str(converted), "--prompt", "the boat left", "--max-new-tokens", "3")
+    done = subprocess.run(
+        [sys.executable, "-m", "rewriter", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the boat left")
+
+
 def test_a_missing_tokenizer_is_3(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "bare")
     line = failed(run("generate", tmp_path / "bare", "--prompt", "x"), 3)
