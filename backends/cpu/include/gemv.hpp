@@ -1,13 +1,23 @@
 // y = W x + b for one row of x or a few, bound by the bandwidth at which W is read: W is read once,
-// in place, in its own dtype, and sums are float. Rows of W follow each other in memory, so one row
-// at a time is one stream.
+// in place, in its own dtype, and sums are float. Rows are read as two streams, the first half of a
+// stretch beside the second, and asked for twice, early into the second cache and late into the
+// first: a core has more reads under way so.
 #pragma once
 #include "vec.hpp"
 
 namespace gemv {
 
-constexpr int AHEAD = 2048;  // bytes that are asked for before they are needed
-constexpr int TOGETHER = 4;  // rows of x in one pass over W
+constexpr int SOON = 768, LATER = 2048;  // bytes that are asked for before they are needed
+constexpr long STRETCH = 128;  // rows of W, so that both streams stay in a few pages
+constexpr int TOGETHER = LANES == 16 ? 4 : 2;  // rows of x in one pass over W
+
+template <int... L>
+static ALWAYS_INLINE void split_pairs(const float* x, float* to,
+                                      std::integer_sequence<int, L...>) {
+    vf a = load(x), b = load(x + LANES);
+    store(to, SHUFFLE(a, b, (2 * L)...));
+    store(to + LANES, SHUFFLE(a, b, (2 * L + 1)...));
+}
 
 // x as the dot products read it: for bf16 weights even and odd numbers of a stretch of 2 LANES apart,
 // since a pair of weights is split by a shift and a mask; what is left over stays as it is.
@@ -18,10 +28,7 @@ template <class T> static void prepare(const float* x, float* to, long K) {
     }
     long k = 0;
     for (; k + 2 * LANES <= K; k += 2 * LANES)
-        for (int l = 0; l < LANES; ++l) {
-            to[k + l] = x[k + 2 * l];
-            to[k + LANES + l] = x[k + 2 * l + 1];
-        }
+        split_pairs(x + k, to + k, std::make_integer_sequence<int, LANES>{});
     for (; k < K; ++k) to[k] = x[k];
 }
 
@@ -36,36 +43,38 @@ static ALWAYS_INLINE void pair(const bf16* w, vf& a, vf& b) {
     b = (vf)(u & 0xffff0000u);
 }
 
-template <class T, int R>
-static ALWAYS_INLINE void dot(const T* w, const float* x, long xs, long K, float* sums) {
-    vf acc[R][4] = {};
-    long k = 0;
-    for (; k + 4 * LANES <= K; k += 4 * LANES) {
-        UNROLL for (int b = 0; b < 4 * LANES * (int)sizeof(T); b += 64)
-            __builtin_prefetch((const char*)(w + k) + AHEAD + b);
-        UNROLL for (int i = 0; i < 2; ++i) {
-            vf a, b;
-            pair(w + k + i * 2 * LANES, a, b);
-            UNROLL for (int r = 0; r < R; ++r) {
-                const float* p = x + r * xs + k + i * 2 * LANES;
-                acc[r][2 * i] += a * load(p);
-                acc[r][2 * i + 1] += b * load(p + LANES);
-            }
-        }
-    }
-    for (; k + 2 * LANES <= K; k += 2 * LANES) {
+// sums[i][r] = w_i . x_r for S rows of W and R rows of x.
+template <class T, int S, int R>
+static ALWAYS_INLINE void dot(const T* const (&w)[S], const float* x, long xs, long K,
+                              float (&sums)[S][R]) {
+    constexpr int STEP = 256 / (int)sizeof(T), PAIRS = STEP / (2 * LANES);
+    vf acc[S][R][2] = {};
+    auto add = [&](int i, long k) INLINE_LAMBDA {
         vf a, b;
-        pair(w + k, a, b);
+        pair(w[i] + k, a, b);
         UNROLL for (int r = 0; r < R; ++r) {
-            acc[r][0] += a * load(x + r * xs + k);
-            acc[r][1] += b * load(x + r * xs + k + LANES);
+            acc[i][r][0] += a * load(x + r * xs + k);
+            acc[i][r][1] += b * load(x + r * xs + k + LANES);
         }
-    }
-    UNROLL for (int r = 0; r < R; ++r) {
-        float s = sum_lanes((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
-        for (long j = k; j < K; ++j) s += to_float(w[j]) * x[r * xs + j];
-        sums[r] = s;
-    }
+    };
+    long k = 0;
+    for (; k + STEP <= K; k += STEP)
+        UNROLL for (int i = 0; i < S; ++i) {
+            const char* at = (const char*)(w[i] + k);
+            UNROLL for (int b = 0; b < 256; b += 64) {
+                __builtin_prefetch(at + SOON + b);
+                __builtin_prefetch(at + LATER + b, 0, 2);
+            }
+            UNROLL for (int p = 0; p < PAIRS; ++p) add(i, k + p * 2 * LANES);
+        }
+    for (; k + 2 * LANES <= K; k += 2 * LANES)
+        UNROLL for (int i = 0; i < S; ++i) add(i, k);
+    UNROLL for (int i = 0; i < S; ++i)
+        UNROLL for (int r = 0; r < R; ++r) {
+            float s = sum_lanes(acc[i][r][0] + acc[i][r][1]);
+            for (long j = k; j < K; ++j) s += to_float(w[i][j]) * x[r * xs + j];
+            sums[i][r] = s;
+        }
 }
 
 static ALWAYS_INLINE float rounded(float x, bool round) {
@@ -76,11 +85,26 @@ static ALWAYS_INLINE float rounded(float x, bool round) {
 template <class T, int R>
 static void rows(const T* W, long ws, const T* bias, const float* x, long xs, float* y, long ys,
                  long K, long from, long to, bool round) {
-    for (long n = from; n < to; ++n) {
-        float sums[R];
-        dot<T, R>(W + n * ws, x, xs, K, sums);
+    auto put = [&](long n, const float (&sums)[R]) INLINE_LAMBDA {
         for (int r = 0; r < R; ++r)
             y[r * ys + n] = rounded(bias ? sums[r] + to_float(bias[n]) : sums[r], round);
+    };
+    for (long next; from < to; from = next) {
+        next = from + STRETCH < to ? from + STRETCH : to;
+        const long half = (next - from) / 2;
+        for (long n = from; n < from + half; ++n) {
+            const T* const w[2] = {W + n * ws, W + (n + half) * ws};
+            float sums[2][R];
+            dot<T, 2, R>(w, x, xs, K, sums);
+            put(n, sums[0]);
+            put(n + half, sums[1]);
+        }
+        if ((next - from) % 2) {
+            const T* const w[1] = {W + (next - 1) * ws};
+            float sums[1][R];
+            dot<T, 1, R>(w, x, xs, K, sums);
+            put(next - 1, sums[0]);
+        }
     }
 }
 
