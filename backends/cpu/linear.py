@@ -125,7 +125,7 @@ def _run(
         assert found.tiles is not None
         run, matrices = found.tiles, 1 if gate is None else 2
         numbers = -(-K // _TILE) * _TILE * found.parts  # of a row or column of tiles
-        band = even_band(M, _BAND // (2 * numbers), threads)
+        band = even_band(M, _BAND // (2 * numbers * matrices), threads)
         block = _rounded(min(max(_TILED // (2 * numbers * matrices), 1), N))
         own = band * (numbers + 2 * _TILE * matrices)
         floats = (block * matrices * numbers + threads * own) // 2
