@@ -50,6 +50,8 @@ def unit_of(spec: Decode, dtype: torch.dtype, target: Target) -> Unit | str:
         "HAS_SINKS": spec.sinks,
         "PAGED": spec.cache == "paged",
         "GATHERED": spec.cache == "gathered",
+        "TILED": _tiled(spec, dtype, target),
+        "PAIRED": dtype == torch.bfloat16 and target.bf16_dot and spec.value_dim % 32 == 0,
     }
     scalar = NAMES[dtype]
     source = assemble(target, ["pack", "math", "decode"], constants, {"io_t": scalar})
@@ -131,8 +133,15 @@ def find(spec: Decode, dtype: torch.dtype) -> Kernel | str:
         return library.reason
     run = library.decode
     run.argtypes, run.restype = [ctypes.c_void_p, ctypes.c_float, ctypes.c_float], None
-    whole = (-(-d // target.lanes) * target.lanes for d in (spec.key_dim, spec.value_dim))
-    return Kernel(run, sum(whole) + 2)
+    key, value = (-(-d // target.lanes) * target.lanes for d in (spec.key_dim, spec.value_dim))
+    if _tiled(spec, dtype, target):
+        key *= 2  # a row is one of the four columns of a tile
+    return Kernel(run, key + value + 2)
+
+
+def _tiled(spec: Decode, dtype: torch.dtype, target: Target) -> bool:
+    """Whether keys are multiplied on tile registers."""
+    return dtype == torch.bfloat16 and target.tiles and spec.key_dim % 32 == 0
 
 
 def _ints(x: Tensor | None) -> Tensor | None:

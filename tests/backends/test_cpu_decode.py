@@ -55,6 +55,41 @@ def test_contiguous(B, kv, group, n, S, seed, padded):
     close(lse, total, 1e-5)
 
 
+@settings(max_examples=15, deadline=None)
+@given(**sizes, padded=st.booleans())
+def test_contiguous_in_bf16(B, kv, group, n, S, seed, padded):
+    bf16_case(B, kv, group, n, S, seed, padded)
+
+
+@pytest.mark.parametrize("isa", ["tiles_on_avx2", "wide_on_avx2", "avx2"])
+@pytest.mark.parametrize(("group", "n"), [(1, 1), (3, 1), (7, 2)])
+def test_contiguous_in_bf16_on_other_instructions(isa, group, n, monkeypatch):
+    monkeypatch.setenv("ATTENTION_REWRITER_ISA", isa)
+    cpu.find.cache_clear()
+    try:
+        for S in (5, 16, 131):
+            bf16_case(2, 2, group, n, S, S, True)
+    finally:
+        cpu.find.cache_clear()
+
+
+def bf16_case(B: int, kv: int, group: int, n: int, S: int, seed: int, padded: bool) -> None:
+    """Keys and values behind the last one are NaN."""
+    torch.manual_seed(seed)
+    q = torch.randn(B, n, kv * group, 64).bfloat16().transpose(1, 2)
+    k, v = (cache(B, kv, S, d).bfloat16() for d in (64, 96))
+    lengths = torch.randint(1, S + 1, (B,), dtype=torch.int32) if padded else None
+    used = torch.full((B,), S) if lengths is None else lengths
+    pairs = seen_by(used, n, S)
+    expected, total = attention(q, k, v, pairs, scale=-0.2)
+    for b, length in enumerate(used.tolist()):
+        k[b, :, length:], v[b, :, length:] = torch.nan, torch.nan
+    spec = Decode(64, 96, -0.2)
+    out, lse = cpu.forward(spec, DecodeInputs(q, k, v, lengths=lengths))
+    close(out, expected, 2e-2)
+    close(lse, total, 1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(**sizes)
 def test_ring_with_soft_cap_and_sinks(B, kv, group, n, S, seed):

@@ -1,11 +1,16 @@
 // Attention of a few new tokens to a cache, bound by memory bandwidth: every key and value is read
-// once for all query heads of its group. Work is split over batch rows, KV heads and ranges of
+// once for all query heads of its group, and asked for half a block ahead. Work is split over batch rows, KV heads and ranges of
 // keys; ranges are merged by their log-sum-exp.
 //
-// Constants of the unit: DK, DV, HAS_SOFTCAP, HAS_SINKS, PAGED, GATHERED; type io_t.
+// bf16 keys are multiplied on tile registers (TILED) and bf16 values in pairs of keys (PAIRED), with
+// weights rounded to bf16; sums are float.
+//
+// Constants of the unit: DK, DV, HAS_SOFTCAP, HAS_SINKS, PAGED, GATHERED, TILED (if 32 divides DK),
+// PAIRED (if 32 divides DV); type io_t.
 #pragma once
 #include "math.hpp"
 #include "pack.hpp"
+#include "tiles.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -48,13 +53,16 @@ template <int D> struct Row {
 using KRow = Row<DK>;
 using VRow = Row<DV>;
 
+// Four query rows are columns of a tile: numbers 2i and 2i + 1 of each follow those of 2i - 2.
+constexpr int COLUMNS = 4, QWIDTH = TILED ? DK / 2 * COLUMNS : KRow::WIDTH;
+
 // What one item has accumulated: O in units of its largest score m, and the sum l of weights.
 struct Partial {
     float *q, *O, *m, *l;
-    static long floats(long rows) { return rows * (KRow::WIDTH + VRow::WIDTH + 2); }
+    static long floats(long rows) { return rows * (QWIDTH + VRow::WIDTH + 2); }
     Partial(const Call& c, long item, long rows) {
         q = c.scratch + item * floats(rows);
-        O = q + rows * KRow::WIDTH;
+        O = q + rows * QWIDTH;
         m = O + rows * VRow::WIDTH;
         l = m + rows;
     }
@@ -82,6 +90,12 @@ static ALWAYS_INLINE vf sum_four(const vf* x) {
     return s;
 }
 
+// A row of D numbers is wanted soon.
+template <int D> static ALWAYS_INLINE void ask(const io_t* p) {
+    UNROLL for (int b = 0; b < D * (int)sizeof(io_t); b += 64)
+        __builtin_prefetch((const char*)p + b);
+}
+
 // S[r][j] = q_r . k_j
 template <int R>
 static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK + LANES]) {
@@ -91,9 +105,7 @@ static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK 
         UNROLL for (int i = 0; i < KEYS; ++i) {
             int row = j + i < x.n ? j + i : x.n - 1;
             k[i] = x.k + row * x.ks;
-            // The values of these keys are wanted next.
-            const char* v = (const char*)(x.v + row * x.vs);
-            for (int b = 0; b < DV * (int)sizeof(io_t); b += 64) __builtin_prefetch(v + b);
+            ask<DV>(x.v + row * x.vs);
         }
         for (int c = 0; c < KRow::VECTORS; ++c) {
             vf z[R];
@@ -104,6 +116,81 @@ static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK 
             }
         }
         UNROLL for (int r = 0; r < R; ++r) store(S[r] + j, sum_four(acc[r]));
+    }
+}
+
+#if defined(__AMX_BF16__)
+// Tiles 4 and 5: 16 keys by 32 numbers; 6 and 7: 32 numbers by 4 queries; 0: 16 keys by 4 queries.
+struct DecodeTiles {
+    DecodeTiles() {
+        alignas(64) uint8_t config[64] = {1};
+        for (int t : {0, 4, 5, 6, 7}) {
+            config[16 + 2 * t] = t == 4 || t == 5 ? 64 : 4 * COLUMNS;
+            config[48 + t] = TILE;
+        }
+        asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    }
+    ~DecodeTiles() { asm volatile("tilerelease" ::: "memory"); }
+    DecodeTiles(const DecodeTiles&) = delete;
+};
+#else
+using DecodeTiles = Tiles;
+#endif
+
+template <int Q, int... L>
+static ALWAYS_INLINE vf column_pair(const float* s, std::integer_sequence<int, L...>) {
+    // Columns Q and Q + 1 of 8 keys: lanes of (keys 0 ... 3, keys 4 ... 7).
+    return SHUFFLE(load(s), load(s + 16), (L % 8 * 4 + L / 8 + Q)...);
+}
+template <int... L>
+static ALWAYS_INLINE void two_columns(vf a, vf b, float* x, float* y, float factor,
+                                      std::integer_sequence<int, L...>) {
+    store(x, SHUFFLE(a, b, (L % 8 + L / 8 * 16)...) * factor);
+    store(y, SHUFFLE(a, b, (L % 8 + L / 8 * 16 + 8)...) * factor);
+}
+
+// The same on tile registers: S[r][j] = factor q_r . k_j, q as pairs.
+template <int R>
+static ALWAYS_INLINE void dots_tiled(const Block& x, const void* q, float factor,
+                                     float (*S)[BLOCK + LANES]) {
+    constexpr int CHUNKS = DK / TILE_K;
+    constexpr long Q_TILE = TILE * COLUMNS * 4;  // bytes
+    std::make_integer_sequence<int, 16> all;
+    const char* qs = (const char*)q;
+    tile_load<6>(qs, COLUMNS * 4);
+    if (CHUNKS > 1) tile_load<7>(qs + Q_TILE, COLUMNS * 4);
+    for (int j = 0; j < x.n; j += TILE) {
+        for (int i = j; i < j + TILE && i < x.n; ++i) ask<DV>(x.v + i * x.vs);
+        alignas(64) io_t rest[TILED ? TILE * DK : 1];
+        const io_t* k = x.k + j * x.ks;
+        long ks = x.ks;
+        if (x.n - j < TILE) {  // nothing behind the last key is read
+            memset(rest, 0, sizeof rest);
+            for (int i = j; i < x.n; ++i)
+                memcpy(rest + (i - j) * DK, x.k + i * x.ks, DK * sizeof(io_t));
+            k = rest;
+            ks = DK;
+        }
+        tile_zero<0>();
+        for (int c = 0; c < CHUNKS; c += 2) {
+            if (CHUNKS > 2) {
+                tile_load<6>(qs + c * Q_TILE, COLUMNS * 4);
+                if (c + 1 < CHUNKS) tile_load<7>(qs + (c + 1) * Q_TILE, COLUMNS * 4);
+            }
+            tile_load<4>(k + c * TILE_K, ks * 2);
+            tile_multiply<0, 4, 6>();
+            if (c + 1 < CHUNKS) {
+                tile_load<5>(k + (c + 1) * TILE_K, ks * 2);
+                tile_multiply<0, 5, 7>();
+            }
+        }
+        alignas(64) float s[TILE * COLUMNS + 16];
+        tile_store<0>(s, COLUMNS * 4);
+        two_columns(column_pair<0>(s, all), column_pair<0>(s + 32, all), S[0] + j,
+                    S[R > 1 ? 1 : R] + j, factor, all);
+        if (R > 2)
+            two_columns(column_pair<2>(s, all), column_pair<2>(s + 32, all), S[R > 2 ? 2 : R] + j,
+                        S[R > 3 ? 3 : R] + j, factor, all);
     }
 }
 
@@ -142,13 +229,16 @@ static ALWAYS_INLINE float weigh(float* S, int n, float cap, float& m, float& l)
 
 // O_r = shrink_r O_r + sum_j S[r][j] v_j
 template <int R, int NV>
-static ALWAYS_INLINE void values_part(const io_t* v, long vs, int n, int first, float* O,
+static ALWAYS_INLINE void values_part(const Block& x, int n, int first, float* O,
                                       const float (*S)[BLOCK + LANES], const float* shrink) {
+    const io_t* v = x.v;
+    const long vs = x.vs;
     vf acc[R][NV];
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int c = 0; c < NV; ++c)
             acc[r][c] = load(O + r * VRow::WIDTH + (first + c) * LANES) * shrink[r];
     for (int j = 0; j < n; ++j) {
+        if (first == 0) ask<DK>(x.k + (BLOCK + j) * x.ks);
         vf w[R];
         UNROLL for (int r = 0; r < R; ++r) w[r] = splat(S[r][j]);
         UNROLL for (int c = 0; c < NV; ++c) {
@@ -161,22 +251,76 @@ static ALWAYS_INLINE void values_part(const io_t* v, long vs, int n, int first, 
             store(O + r * VRow::WIDTH + (first + c) * LANES, acc[r][c]);
 }
 
+// The same with two bf16 keys in a product: O holds even and odd numbers of 32 apart.
+template <int R, int NC>
+static ALWAYS_INLINE void values_paired_part(const Block& x, int n, int first, float* O,
+                                             const pair (*W)[BLOCK / 2], const float* shrink) {
+    vf acc[R][2 * NC];
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int c = 0; c < 2 * NC; ++c)
+            acc[r][c] = load(O + r * VRow::WIDTH + (2 * first + c) * LANES) * shrink[r];
+    auto two = [&](int j, bool odd) INLINE_LAMBDA {
+        const int32_t* a = (const int32_t*)(x.v + j * x.vs) + first * LANES;
+        const int32_t* b = (const int32_t*)(x.v + (j + 1) * x.vs) + first * LANES;
+        UNROLL for (int c = 0; c < NC; ++c) {
+            vi u = load(a + c * LANES), w = odd ? vi{} : load(b + c * LANES);
+            vi low = (u & 0xffff) | (w << 16);
+            vi high = (vi)((vu)u >> 16) | (w & (int32_t)0xffff0000);
+            UNROLL for (int r = 0; r < R; ++r) {
+                vi weight = splat(W[r][j / 2].bits);
+                acc[r][2 * c] = detail::multiply_add(weight, low, acc[r][2 * c]);
+                acc[r][2 * c + 1] = detail::multiply_add(weight, high, acc[r][2 * c + 1]);
+            }
+        }
+    };
+    int j = 0;
+    for (; j + 2 <= n; j += 2) {
+        if (first == 0) {
+            ask<DK>(x.k + (BLOCK + j) * x.ks);
+            ask<DK>(x.k + (BLOCK + j + 1) * x.ks);
+        }
+        two(j, false);
+    }
+    if (j < n) two(j, true);
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int c = 0; c < 2 * NC; ++c)
+            store(O + r * VRow::WIDTH + (2 * first + c) * LANES, acc[r][c]);
+}
+
+template <int R>
+static ALWAYS_INLINE void values_paired(const Block& x, int n, float* O,
+                                        const float (*S)[BLOCK + LANES], const float* shrink) {
+    alignas(64) pair W[R][BLOCK / 2];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < n; j += 2 * LANES)
+            store((float*)(W[r] + j / 2),
+                  in_order(load(S[r] + j), j + LANES < n ? load(S[r] + j + LANES) : vf{}));
+    constexpr int CHUNKS = DV / 32, NC = CHUNKS < 2 ? 1 : 2;
+    int c = 0;
+    for (; c + NC <= CHUNKS; c += NC) values_paired_part<R, NC>(x, n, c, O, W, shrink);
+    for (; c < CHUNKS; ++c) values_paired_part<R, 1>(x, n, c, O, W, shrink);
+}
+
 template <int R>
 static ALWAYS_INLINE void values(const Block& x, int n, float* O, const float (*S)[BLOCK + LANES],
                                  const float* shrink) {
+    if constexpr (PAIRED) return values_paired<R>(x, n, O, S, shrink);
     constexpr int NV = VRow::VECTORS < 4 ? VRow::VECTORS : 4;
     int c = 0;
-    for (; c + NV <= VRow::VECTORS; c += NV) values_part<R, NV>(x.v, x.vs, n, c, O, S, shrink);
-    for (; c < VRow::VECTORS; ++c) values_part<R, 1>(x.v, x.vs, n, c, O, S, shrink);
+    for (; c + NV <= VRow::VECTORS; c += NV) values_part<R, NV>(x, n, c, O, S, shrink);
+    for (; c < VRow::VECTORS; ++c) values_part<R, 1>(x, n, c, O, S, shrink);
 }
 
 // R query rows against a block; row r sees its first seen[r] keys.
 template <int R>
-static __attribute__((noinline)) void rows_of(const Block& x, long row, const int* seen, float cap,
-                                              Partial& part) {
-    alignas(64) float S[R][BLOCK + LANES];
+static __attribute__((noinline)) void rows_of(const Block& x, long row, const int* seen,
+                                              float factor, float cap, Partial& part) {
+    alignas(64) float S[R + (TILED ? 1 : 0)][BLOCK + LANES];  // tiles have one column more
     float shrink[R];
-    dots<R>(x, part.q + row * KRow::WIDTH, S);
+    if constexpr (TILED)
+        dots_tiled<R>(x, part.q + row * QWIDTH, factor, S);
+    else
+        dots<R>(x, part.q + row * QWIDTH, S);
     bool whole = true;
     for (int r = 0; r < R; ++r) {
         whole = whole && seen[r] >= x.n;
@@ -194,22 +338,22 @@ static __attribute__((noinline)) void rows_of(const Block& x, long row, const in
             values<1>(x, seen[r] < x.n ? seen[r] : x.n, O + r * VRow::WIDTH, S + r, shrink + r);
 }
 
-static inline void serve(const Call& c, const Block& x, long rows, const int* seen, float cap,
-                         Partial& part) {
+static inline void serve(const Call& c, const Block& x, long rows, const int* seen, float factor,
+                         float cap, Partial& part) {
     long r = 0;
     for (; rows - r >= 2 * GROUP || rows - r == GROUP; r += GROUP)
-        rows_of<GROUP>(x, r, seen + r, cap, part);
+        rows_of<GROUP>(x, r, seen + r, factor, cap, part);
     while (r < rows) {
         // Two even parts rather than a full one and a single row.
         int left = (int)(rows - r), take = left > GROUP ? (left + 1) / 2 : left;
         if (take == 1)
-            rows_of<1>(x, r, seen + r, cap, part);
+            rows_of<1>(x, r, seen + r, factor, cap, part);
         else if (take == 2)
-            rows_of<2>(x, r, seen + r, cap, part);
+            rows_of<2>(x, r, seen + r, factor, cap, part);
         else if (take == 3)
-            rows_of<3>(x, r, seen + r, cap, part);
+            rows_of<3>(x, r, seen + r, factor, cap, part);
         else
-            rows_of<GROUP>(x, r, seen + r, cap, part);
+            rows_of<GROUP>(x, r, seen + r, factor, cap, part);
         r += take;
     }
 }
@@ -232,10 +376,18 @@ static void run(const Call& c, long item, float scale, float cap) {
     long group = c.H / c.Hkv, rows = group * c.n;
     Partial part(c, item, rows);
     float factor = HAS_SOFTCAP ? scale / cap : scale;
-    memset(part.q, 0, sizeof(float) * rows * (KRow::WIDTH + VRow::WIDTH));
+    memset(part.q, 0, sizeof(float) * rows * (QWIDTH + VRow::WIDTH));
+    auto query = [&](long r) {
+        return c.q + b * c.q_b + (kv * group + r / c.n) * c.q_h + r % c.n * c.q_n;
+    };
     for (long r = 0; r < rows; ++r) {
-        const io_t* q = c.q + b * c.q_b + (kv * group + r / c.n) * c.q_h + r % c.n * c.q_n;
-        for (int d = 0; d < DK; ++d) {
+        const io_t* q = query(r);
+        // The columns of a tile that begins at row r; the group may be shorter.
+        if constexpr (TILED)
+            for (int i = 0; i < COLUMNS && r + i < rows; ++i)
+                for (int d = 0; d < DK / 2; ++d)
+                    memcpy((pair*)(part.q + r * QWIDTH) + d * COLUMNS + i, query(r + i) + 2 * d, 4);
+        else for (int d = 0; d < DK; ++d) {
             int at = d / LANES * LANES + d % LANES;
             if (DK > LANES && d >= DK / LANES * LANES) at = d - (DK - LANES) + DK / LANES * LANES;
             part.q[r * KRow::WIDTH + at] = to_float(q[d]) * factor;
@@ -273,10 +425,13 @@ static void run(const Call& c, long item, float scale, float cap) {
             long last = GATHERED || c.ring ? keys : keys - c.n + r % c.n + 1;
             seen[r] = (int)(last - at < 0 ? 0 : last - at < x.n ? last - at : x.n);
         }
-        serve(c, x, rows, seen, cap, part);
+        serve(c, x, rows, seen, factor, cap, part);
         at += x.n;
     }
 }
+
+struct NoTiles {};
+using Session = std::conditional_t<TILED, DecodeTiles, NoTiles>;
 
 // The row of a head from its parts.
 static void merge(const Call& c, long b, long h, long t) {
@@ -297,7 +452,8 @@ static void merge(const Call& c, long b, long h, long t) {
     long at = (b * c.H + h) * c.n + t;
     for (int v = 0; v < VRow::VECTORS; ++v)
         for (int i = 0; i < LANES && VRow::at(v) + i < DV; ++i)
-            c.out[at * DV + VRow::at(v) + i] = from_float<io_t>(O[v * LANES + i] * inverse);
+            c.out[at * DV + (PAIRED ? v / 2 * 32 + 2 * i + v % 2 : VRow::at(v) + i)] =
+                from_float<io_t>(O[v * LANES + i] * inverse);
     c.lse[at] = l == 0.0f ? -INF : m + (__builtin_log2f(l) - (m * LOG2E - base_of(m))) * LN2;
 }
 
@@ -307,6 +463,7 @@ EXPORT void decode(const Call* call, float scale, float cap) {
     const Call& c = *call;
     long items = c.B * c.Hkv * c.splits;
     if (c.threads == 1) {
+        [[maybe_unused]] Session session;
         for (long x = 0; x < items; ++x) run(c, x, scale, cap);
         for (long x = 0; x < c.B * c.H * c.n; ++x)
             merge(c, x / c.n / c.H, x / c.n % c.H, x % c.n);
@@ -314,6 +471,7 @@ EXPORT void decode(const Call* call, float scale, float cap) {
     }
 #pragma omp parallel num_threads((int)c.threads)
     {
+        [[maybe_unused]] Session session;
 #pragma omp for schedule(dynamic, 1)
         for (long x = 0; x < items; ++x) run(c, x, scale, cap);
 #pragma omp for schedule(static)
