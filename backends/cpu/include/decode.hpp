@@ -1,6 +1,6 @@
 // Attention of a few new tokens to a cache, bound by memory bandwidth: every key and value is read
-// once for all query heads of its group, and asked for half a block ahead. Work is split over batch rows, KV heads and ranges of
-// keys; ranges are merged by their log-sum-exp.
+// once for all query heads of its group. Work is split over batch rows, KV heads and ranges of keys;
+// ranges are merged by their log-sum-exp.
 //
 // bf16 keys are multiplied on tile registers (TILED) and bf16 values in pairs of keys (PAIRED), with
 // weights rounded to bf16; sums are float.
@@ -32,8 +32,12 @@ struct Call {
 namespace {
 
 constexpr float INF = __builtin_inff();
-constexpr int BLOCK = 64;                    // keys at a time
-constexpr int GROUP = LANES == 16 ? 4 : 3;  // query rows at a time
+constexpr int BLOCK = GATHERED ? 64 : 256;   // keys at a time
+constexpr int HALF = BLOCK / 2, GRAIN = 64;  // ranges of keys are multiples of GRAIN
+// Rows that are asked for before they are needed, into the first cache and into the second.
+constexpr int NEAR = sizeof(io_t) == 2 ? 16 : 4, FAR = NEAR == 16 ? 24 : 8;
+constexpr int AT_ONCE = sizeof(io_t) == 2 ? 8 : 4;
+constexpr int GROUP = LANES == 16 ? 4 : 3;   // query rows at a time
 constexpr int KEYS = 4;                      // keys of a step of the dot products
 
 // A row of D numbers is KV vectors; the last one overlaps the one before it where LANES does not
@@ -90,22 +94,44 @@ static ALWAYS_INLINE vf sum_four(const vf* x) {
     return s;
 }
 
-// A row of D numbers is wanted soon.
-template <int D> static ALWAYS_INLINE void ask(const io_t* p) {
-    UNROLL for (int b = 0; b < D * (int)sizeof(io_t); b += 64)
-        __builtin_prefetch((const char*)p + b);
+// A whole block is read as two streams, its halves: a core has more reads under way so than with one.
+// Step t, in steps of STEP keys, is at key ordered(t).
+template <int STEP> static ALWAYS_INLINE int ordered(int t, int n) {
+    return n == BLOCK ? t / STEP % 2 * HALF + t / (2 * STEP) * STEP : t;
 }
+
+// At rows j ... j + AT_ONCE - 1 of a matrix of rows of D numbers: what is wanted soon, rows ahead in
+// the same half or, behind its end, rows of the matrix that is read next.
+template <int D> struct Ahead {
+    const io_t *near, *far;
+    long near_s, far_s;
+    ALWAYS_INLINE Ahead(const io_t* now, long ns, const io_t* next, long next_s, int j) {
+        const bool a = j % HALF + NEAR < HALF, b = j % HALF + FAR < HALF;
+        near = a ? now + (j + NEAR) * ns : next + (j + NEAR - HALF) * next_s;
+        far = b ? now + (j + FAR) * ns : next + (j + FAR - HALF) * next_s;
+        near_s = a ? ns : next_s;
+        far_s = b ? ns : next_s;
+    }
+    ALWAYS_INLINE void ask(int row) const {
+        UNROLL for (int b = 0; b < D * (int)sizeof(io_t); b += 64) {
+            __builtin_prefetch((const char*)(near + row * near_s) + b);
+            __builtin_prefetch((const char*)(far + row * far_s) + b, 0, 2);
+        }
+    }
+};
 
 // S[r][j] = q_r . k_j
 template <int R>
 static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK + LANES]) {
-    for (int j = 0; j < x.n; j += KEYS) {
+    for (int t = 0; t < x.n; t += KEYS) {
+        const int j = ordered<KEYS>(t, x.n);
+        Ahead<DK> ahead(x.k, x.ks, x.v, x.vs, j);
         vf acc[R][KEYS] = {};
         const io_t* k[KEYS];
         UNROLL for (int i = 0; i < KEYS; ++i) {
             int row = j + i < x.n ? j + i : x.n - 1;
             k[i] = x.k + row * x.ks;
-            ask<DV>(x.v + row * x.vs);
+            ahead.ask(i);
         }
         for (int c = 0; c < KRow::VECTORS; ++c) {
             vf z[R];
@@ -115,7 +141,10 @@ static ALWAYS_INLINE void dots(const Block& x, const float* q, float (*S)[BLOCK 
                 UNROLL for (int r = 0; r < R; ++r) acc[r][i] += z[r] * y;
             }
         }
-        UNROLL for (int r = 0; r < R; ++r) store(S[r] + j, sum_four(acc[r]));
+        UNROLL for (int r = 0; r < R; ++r) {
+            vf four = sum_four(acc[r]);
+            memcpy(S[r] + j, &four, KEYS * sizeof(float));
+        }
     }
 }
 
@@ -159,8 +188,12 @@ static ALWAYS_INLINE void dots_tiled(const Block& x, const void* q, float factor
     const char* qs = (const char*)q;
     tile_load<6>(qs, COLUMNS * 4);
     if (CHUNKS > 1) tile_load<7>(qs + Q_TILE, COLUMNS * 4);
-    for (int j = 0; j < x.n; j += TILE) {
-        for (int i = j; i < j + TILE && i < x.n; ++i) ask<DV>(x.v + i * x.vs);
+    for (int t = 0; t < x.n; t += TILE) {
+        const int j = ordered<TILE>(t, x.n);
+        UNROLL for (int i = 0; i < TILE; i += AT_ONCE) {
+            Ahead<DK> ahead(x.k, x.ks, x.v, x.vs, j + i);
+            UNROLL for (int e = 0; e < AT_ONCE; ++e) ahead.ask(e);
+        }
         alignas(64) io_t rest[TILED ? TILE * DK : 1];
         const io_t* k = x.k + j * x.ks;
         long ks = x.ks;
@@ -237,13 +270,17 @@ static ALWAYS_INLINE void values_part(const Block& x, int n, int first, float* O
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int c = 0; c < NV; ++c)
             acc[r][c] = load(O + r * VRow::WIDTH + (first + c) * LANES) * shrink[r];
-    for (int j = 0; j < n; ++j) {
-        if (first == 0) ask<DK>(x.k + (BLOCK + j) * x.ks);
-        vf w[R];
-        UNROLL for (int r = 0; r < R; ++r) w[r] = splat(S[r][j]);
-        UNROLL for (int c = 0; c < NV; ++c) {
-            vf y = VRow::get(v + j * vs, first + c);
-            UNROLL for (int r = 0; r < R; ++r) acc[r][c] += w[r] * y;
+    for (int t = 0; t < n; t += AT_ONCE) {
+        const int j = ordered<AT_ONCE>(t, n);
+        Ahead<DV> ahead(v, vs, x.k + BLOCK * x.ks, x.ks, j);
+        for (int i = 0; i < AT_ONCE && t + i < n; ++i) {
+            if (first == 0) ahead.ask(i);
+            vf w[R];
+            UNROLL for (int r = 0; r < R; ++r) w[r] = splat(S[r][j + i]);
+            UNROLL for (int c = 0; c < NV; ++c) {
+                vf y = VRow::get(v + (j + i) * vs, first + c);
+                UNROLL for (int r = 0; r < R; ++r) acc[r][c] += w[r] * y;
+            }
         }
     }
     UNROLL for (int r = 0; r < R; ++r)
@@ -273,15 +310,17 @@ static ALWAYS_INLINE void values_paired_part(const Block& x, int n, int first, f
             }
         }
     };
-    int j = 0;
-    for (; j + 2 <= n; j += 2) {
-        if (first == 0) {
-            ask<DK>(x.k + (BLOCK + j) * x.ks);
-            ask<DK>(x.k + (BLOCK + j + 1) * x.ks);
+    for (int t = 0; t < n; t += AT_ONCE) {
+        const int j = ordered<AT_ONCE>(t, n);
+        Ahead<DV> ahead(x.v, x.vs, x.k + BLOCK * x.ks, x.ks, j);
+        for (int i = 0; i < AT_ONCE && t + i < n; i += 2) {
+            if (first == 0) {
+                ahead.ask(i);
+                ahead.ask(i + 1);
+            }
+            two(j + i, t + i + 1 == n);
         }
-        two(j, false);
     }
-    if (j < n) two(j, true);
     UNROLL for (int r = 0; r < R; ++r)
         UNROLL for (int c = 0; c < 2 * NC; ++c)
             store(O + r * VRow::WIDTH + (2 * first + c) * LANES, acc[r][c]);
@@ -397,7 +436,7 @@ static void run(const Call& c, long item, float scale, float cap) {
     }
     long keys = count_keys(c, b, kv);
     long share = (keys + c.splits - 1) / c.splits;
-    share = (share + BLOCK - 1) / BLOCK * BLOCK;
+    share = (share + GRAIN - 1) / GRAIN * GRAIN;
     long begin = split * share, end = begin + share < keys ? begin + share : keys;
     alignas(64) io_t gathered_k[GATHERED ? BLOCK * DK : 1], gathered_v[GATHERED ? BLOCK * DV : 1];
     int seen[4 * 1024];
