@@ -13,6 +13,9 @@ from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
 from rewriter.backends.schedule import schedule
 from rewriter.ir.block_sparse import BlockSparse
 
+_ROOM = 2**20  # bytes of tiles that stay near
+_TURNS = 4  # tasks of a thread between two times that all wait for one another
+
 
 class Call:
     """The tensors of a call as the kernel reads them. It keeps them alive while the kernel runs."""
@@ -31,10 +34,14 @@ class Call:
         self.threads, self.scale = torch.get_num_threads(), spec.scale
         rows = self.plan.starts.shape[1] - 1
         self.tasks = rows * -(-block_q // kernel.rows)
-        self.ready = _keys(self.k, kernel.packing), _values(self.v, kernel.packing)
-        self.marks = None
+        self.marks, self.slots = None, 0
         if kernel.packing == "tiles":
             self.marks = torch.empty((*x.k.shape[:2], -(-N // 32)), dtype=torch.uint8)
+            self.slots = _slots(self.k, self.v, self.threads, self.tasks)
+        self.ready = (
+            _keys(self.k, kernel.packing, self.slots),
+            _values(self.v, kernel.packing, self.slots),
+        )
 
     def fields(self, out: Tensor, lse: Tensor, top: Tensor | None = None) -> array[int]:
         """The struct `Call`: its fields in their order."""
@@ -48,6 +55,7 @@ class Call:
             *(t.data_ptr() for t in (s.starts, s.blocks, s.full)),
             address(self.tables),
             *(k.data.data_ptr(), v.data.data_ptr(), _pointer(self.marks), k.copied, v.copied),
+            self.slots,
             *self.sizes,
             *(n for t in (self.q, self.k, self.v) for n in t.stride()[:3]),
             *(*k.strides, *v.strides, *bias),
@@ -124,13 +132,13 @@ class _Rows:
     strides: tuple[int, int]
 
 
-def _keys(x: Tensor, packing: Packing) -> _Rows:
+def _keys(x: Tensor, packing: Packing, slots: int) -> _Rows:
     if packing == "tiles":  # rows of a multiple of 32 numbers, a multiple of 32 of them
         N, D = x.shape[2:]
         whole = N % 32 == 0 and D % 32 == 0 and x.stride(2) == D
         if whole and x.dtype == torch.bfloat16:
             return _Rows(x, False, (x.stride(0), x.stride(1)))
-        return _tiles(x)
+        return _tiles(x, slots)
     if packing == "rows":
         return _rows(x)
     (b, h, n, _), (N, D) = x.stride(), x.shape[2:]
@@ -139,10 +147,10 @@ def _keys(x: Tensor, packing: Packing) -> _Rows:
     return _buffer(x, N * D // 2, torch.int32)
 
 
-def _values(x: Tensor, packing: Packing) -> _Rows:
+def _values(x: Tensor, packing: Packing, slots: int) -> _Rows:
     N, D = x.shape[2:]
     if packing == "tiles":  # tiles of 16 columns, two by two, by 32 keys
-        return _tiles(x)
+        return _tiles(x, slots)
     if packing == "pairs":
         return _buffer(x, -(-N // 2) * D, torch.int32)
     return _rows(x)
@@ -155,11 +163,24 @@ def _rows(x: Tensor) -> _Rows:
     return _buffer(x, N * D, torch.float32)
 
 
-def _tiles(x: Tensor) -> _Rows:
-    """Whole tiles of 32 by 32 numbers; a float32 number is three of bfloat16."""
+def _tiles(x: Tensor, slots: int) -> _Rows:
+    """Room for the tiles of `slots` heads, which follow one another."""
+    count = _tile_numbers(x)
+    return _Rows(torch.empty(slots * count, dtype=torch.bfloat16), True, (0, count))
+
+
+def _tile_numbers(x: Tensor) -> int:
+    """Of a head: whole tiles of 32 by 32 numbers; a float32 number is three of bfloat16."""
     N, D = x.shape[2:]
     parts = 3 if x.dtype == torch.float32 else 1
-    return _buffer(x, -(-N // 32) * 32 * -(-D // 32) * 32 * parts, torch.bfloat16)
+    return -(-N // 32) * 32 * -(-D // 32) * 32 * parts
+
+
+def _slots(k: Tensor, v: Tensor, threads: int, tasks: int) -> int:
+    """Heads whose tiles are held at a time: what the second cache holds, enough for all threads."""
+    heads = k.shape[0] * k.shape[1]
+    fitting = _ROOM // (2 * max(1, _tile_numbers(k) + _tile_numbers(v)))
+    return max(1, min(heads, max(fitting, -(-_TURNS * threads // max(1, tasks)))))
 
 
 def _buffer(x: Tensor, count: int, dtype: torch.dtype) -> _Rows:

@@ -36,6 +36,7 @@ struct Call {
     void *k_ready, *v_ready;  // rows of DK and DV without gaps, float or pairs, or tiles
     uint8_t* marks;           // of tiles: which blocks of 32 keys hold numbers that are not finite
     long pack_k, pack_v;      // whether they have to be filled first
+    long slots;               // of tiles: heads whose keys and values they hold at a time
     long B, H, Hkv, M, N;
     long q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n;
     long kr_b, kr_h, vr_b, vr_h;  // strides of k_ready and v_ready in their elements

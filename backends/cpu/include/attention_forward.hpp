@@ -12,6 +12,8 @@ struct State {
     Mask mask;
     Rows rows;
     vf factor[PANELS][PANEL_VECTORS], m[PANELS][PANEL_VECTORS], l[PANELS][PANEL_VECTORS];
+    static constexpr float UNIT = 0.0f;
+    vf largest(int p, int v) const { return m[p][v]; }
 };
 
 using ready_t = std::conditional_t<PAIRS, pair, float>;

@@ -2,7 +2,7 @@
 #pragma once
 #include "attention.hpp"
 
-// x.O are sums over keys in units of the weight of the largest score x.m, x.l the sums of weights.
+// x.O are sums over keys, x.l sums of weights, both in units of exp(x.m) 2^-x.UNIT.
 template <class State>
 static inline void write_out(const Call& c, const Task& t, State& x) {
     for (int p = 0; p * PANEL < t.rows; ++p) {
@@ -14,10 +14,10 @@ static inline void write_out(const Call& c, const Task& t, State& x) {
             vf inverse = SIGMOID ? splat(1.0f) : select(l == 0.0f, vf{}, 1.0f / l);
             for (int d = 0; d < DV; ++d)
                 store(x.O[p][d] + v * LANES, load(x.O[p][d] + v * LANES) * inverse);
-            vf sum = select(l == 0.0f, splat(-INF), m + (log2_(l) - rest_of(m)) * LN2);
+            vf sum = select(l == 0.0f, splat(-INF), m + (log2_(l) + x.UNIT - rest_of(m)) * LN2);
             sum = select(l == l, sum, l);
             store(lse + v * LANES, SIGMOID ? vf{} : sum);
-            store(top + v * LANES, m);
+            store(top + v * LANES, x.largest(p, v));
         }
         for (int r = 0; r < n; ++r) c.lse[row + r] = lse[r];
         if (c.top)
