@@ -4,7 +4,7 @@ Everything around the core is kept node for node. Leaf children are called as mo
 that a child replaced later (a LoRA layer, a quantised linear) is honoured; parameters are read
 from the module; sizes are read from the data input of the call, since export may have taken them
 from a mask that is absent later; `view` after the core is `reshape`, since another core may return
-another memory layout.
+another memory layout. A rotary embedding becomes one call (`rotary.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import fx
 from torch.fx import Graph, Node
 
+from rewriter.backends.ops.rotary import rotary
 from rewriter.passes.capture import Captured
 from rewriter.passes.match.result import CoreNodes, Match, Operand
 from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
+from rewriter.passes.realise.rotary import Rotation, rotations
 
 RULE = "attention_core"
 
@@ -100,6 +102,7 @@ class _Emitter:
         self.sizes: dict[Any, Node] = {}
         self.dropped: list[str] = []
         self.without_weights: set[Node] = set()
+        self.rotations: dict[Node, Rotation] = {}
 
     def build(self) -> Emission:
         nodes = list(self.captured.graph_module.graph.nodes)
@@ -112,6 +115,7 @@ class _Emitter:
             self.new[node] = self.graph.placeholder(node.name)
         self._root_sizes(tensors)
         children = child_calls(self.captured, self.region)
+        self.rotations = rotations(n for n in nodes if n not in children)
         for core in self.cores.values():
             if not core.weights:
                 self.without_weights |= _downstream(_weight_nodes(core.nodes), core.nodes)
@@ -174,6 +178,11 @@ class _Emitter:
         symbol = _symbol(node.meta.get("val"))
         if symbol is not None and symbol in self.sizes:
             self.new[node] = self.sizes[symbol]
+            return
+        if node in self.rotations:
+            found = self.rotations[node]
+            operands = (self._arg(n) for n in (found.x, found.cos, found.sin))
+            self.new[node] = self.graph.call_function(rotary, tuple(operands))
             return
         copied = self.graph.node_copy(node, self._arg)
         copied.meta = {}
