@@ -60,7 +60,27 @@ def softmax_rows(site: AttentionSite, x: Tokens, queries: slice) -> Tensor:
     return weight / torch.where(mass > 0, mass, 1.0)
 
 
-def attention_losses(core: Mixer, x: Tokens, kind: AttentionLoss, rows: int) -> Iterator[Tensor]:
+def drawn(count: int, rows: int, some: int | None) -> list[slice]:
+    """Blocks of at most `rows` of `count` queries: all of them, or disjoint ones at random.
+
+    Args:
+        some: about how many queries, or None for all. Drawn from torch's generator.
+    """
+    starts = list(range(0, count, rows))
+    if some is not None and some < count:
+        late = int(torch.randint(min(rows, count), ()))  # blocks begin anywhere, not at multiples
+        starts = [0, *range(late, count, rows)] if late else starts
+        order = torch.randperm(len(starts))[: -(-some // rows)].sort().values
+        chosen = [starts[i] for i in order.tolist()]
+    else:
+        chosen = starts
+    ends = dict(zip(starts, [*starts[1:], count], strict=True))
+    return [slice(start, ends[start]) for start in chosen]
+
+
+def attention_losses(
+    core: Mixer, x: Tokens, kind: AttentionLoss, rows: int, some: int | None = None
+) -> Iterator[Tensor]:
     """Parts whose sum is the loss of one core; run backward on each before asking for the next.
 
     'cross_entropy' is the mean over queries and heads of -sum_j A_ij log M_ij (Hedgehog), in nats;
@@ -74,12 +94,15 @@ def attention_losses(core: Mixer, x: Tokens, kind: AttentionLoss, rows: int) -> 
         x: what it is given, from the start of the sequences.
         kind: which loss.
         rows: queries whose weights are held at once.
+        some: about how many queries are drawn at random, or None for all.
     """
-    valid = x.batch * x.count if x.valid is None else max(1, int(x.valid.sum()))
+    blocks = drawn(x.count, rows, some)
+    valid = x.batch * sum(b.stop - b.start for b in blocks)
+    if x.valid is not None:
+        valid = max(1, sum(int(x.valid[:, block].sum()) for block in blocks))
     count = valid * x.q.shape[1]
     causal = core.site.kind == "causal"
-    for start in range(0, x.count, rows):
-        queries = slice(start, min(start + rows, x.count))
+    for queries in blocks:
         seen = x.cut(0, queries.stop) if causal else x  # later keys have no weight
         with torch.no_grad():
             target = softmax_rows(core.site, seen, queries)

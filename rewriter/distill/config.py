@@ -66,6 +66,8 @@ class LayerStage(Budget):
             theirs (hedgehog, hedgehog_window), in one process.
         attention_weight: its weight.
         attention_rows: queries of a layer whose weights are held in float32 at once.
+        attention_queries: queries of a row, drawn anew at every step, that the loss on the weights
+            is taken of; None for all. The maps of all pairs cost more than the layer itself.
     """
 
     lr: float = Field(default=3e-2, gt=0)
@@ -73,6 +75,7 @@ class LayerStage(Budget):
     attention: AttentionLoss | None = None
     attention_weight: float = Field(default=1.0, gt=0)
     attention_rows: int = Field(default=128, ge=1)
+    attention_queries: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _some_loss(self) -> LayerStage:

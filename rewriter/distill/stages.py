@@ -221,7 +221,9 @@ class MatchLayers:
         for core, x in given.items():
             assert options.attention is not None
             weight = options.attention_weight / len(given)
-            for share in attention_losses(core, x, options.attention, options.attention_rows):
+            for share in attention_losses(
+                core, x, options.attention, options.attention_rows, options.attention_queries
+            ):
                 torch.autograd.backward(share * (weight * scale))
                 value += weight * share.item()
         return value

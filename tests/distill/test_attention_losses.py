@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriter import rewrite
 from rewriter.distill import Rows, distill, parse_config, stages
-from rewriter.distill.attention import attention_losses, softmax_rows
+from rewriter.distill.attention import attention_losses, drawn, softmax_rows
 from rewriter.distill.stages import MatchLayers
 from rewriter.errors import UnsupportedError, UsageError
 from rewriter.ir.mask import Causal, KeyPadding, Mask
@@ -134,6 +134,36 @@ def test_no_map_of_all_pairs_is_ever_made(kind: Any, causal: bool) -> None:
             share.backward()
     weights, features = x.batch * 4 * rows * n, x.batch * 4 * n * 16
     assert seen.numel <= max(weights, features) < x.batch * 4 * n * n / 4
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 65])
+@pytest.mark.parametrize("some", [None, 1, 8, 20, 500])
+def test_drawn_blocks_are_disjoint_and_in_order(count: int, some: int | None) -> None:
+    torch.manual_seed(count)
+    met = set()
+    for _ in range(60):
+        blocks = drawn(count, 8, some)
+        places = [i for block in blocks for i in range(block.start, block.stop)]
+        assert places == sorted(set(places)) and places[-1] < count
+        assert all(block.stop - block.start <= 8 for block in blocks)
+        if some is None or some >= count:
+            assert places == list(range(count))
+        else:
+            assert len(blocks) == -(-some // 8)
+        met.update(places)
+    assert met == set(range(count))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_draw_estimates_the_loss_of_all_queries(padded: bool) -> None:
+    x, core = tokens_of(64, padded), Hedgehog(site_of(True), HedgehogOptions())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        whole = sum(map(float, attention_losses(core, x, "cross_entropy", 8)))
+        some = [
+            sum(map(float, attention_losses(core, x, "cross_entropy", 8, 16))) for _ in range(300)
+        ]
+    assert sum(some) / len(some) == pytest.approx(whole, rel=0.03)
 
 
 def stage_of(**fields: Any) -> Any:

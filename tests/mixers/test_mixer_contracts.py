@@ -28,6 +28,10 @@ KINDS: dict[str, tuple[type[Mixer], MixerOptions]] = {
         HedgehogWindow,
         HedgehogWindowOptions(window=6, sinks=2, initial_log_ratio=0.0),
     ),
+    "hash_window": (
+        HedgehogWindow,
+        HedgehogWindowOptions(window=6, sinks=2, initial_log_ratio=0.0, cells=20),
+    ),
 }
 CAUSAL_KINDS = sorted(KINDS)
 BOTH_KINDS = ["hedgehog", "sink_window"]
@@ -133,7 +137,7 @@ def test_cached_pieces_equal_the_whole(name: str, splits: tuple[int, ...], padde
     assert cache.get_seq_length() == N
 
 
-@pytest.mark.parametrize("name", ["sink_window", "hedgehog_window"])
+@pytest.mark.parametrize("name", ["sink_window", "hedgehog_window", "hash_window"])
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_a_window_over_everything_is_full_softmax(name: str, cap: float | None) -> None:
     score = (Scale(0.4), *((Softcap(cap),) if cap else ()), AddTerm(0))
@@ -149,10 +153,10 @@ def test_a_window_over_everything_is_full_softmax(name: str, cap: float | None) 
     close(run(mixer, q, k, v), s.softmax(-1) @ v.repeat_interleave(2, 1))
 
 
-@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_window"])
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_window", "hash_window"])
 @pytest.mark.parametrize("mask", [CAUSAL, BOTH_WAYS])
 def test_dense_weights_are_those_of_mix(name: str, mask: Mask) -> None:
-    if name == "hedgehog_window" and mask is BOTH_WAYS:
+    if name != "hedgehog" and mask is BOTH_WAYS:
         pytest.skip("causal only")
     mixer = build(name, make_site(mask))
     q, k, v = qkv(mixer.site, N)
@@ -283,7 +287,25 @@ def test_copies_and_state_dicts(name: str) -> None:
     close(out.float(), run(mixer, q, k, v), 0.1)
 
 
+def test_a_sharp_hash_finds_the_one_equal_key() -> None:
+    """Queries and keys of a group start with the same cells, so equal ones share a cell."""
+    options = HedgehogWindowOptions(
+        window=1, sinks=0, initial_log_ratio=0.0, cells=4096, sharpness=8
+    )
+    mixer = build("hash_window", make_site(heads=(4, 2, 16)), options)
+    assert isinstance(mixer, HedgehogWindow)
+    q, k, _ = qkv(mixer.site, N)
+    q = torch.zeros_like(q)
+    q[:, :, -1] = k[:, :, 5].repeat_interleave(2, 1) * 4
+    k = 4 * k
+    far = mixer.map_q(q[:, :, -1:]) @ mixer.map_k(k).repeat_interleave(2, 1).mT
+    share = far[..., 5] / far.sum(-1)
+    assert bool((share > 0.9).all())
+
+
 def test_options_are_strict() -> None:
+    with pytest.raises(ValueError, match="one map"):
+        HedgehogWindowOptions(cells=8, feature_dim=4)
     with pytest.raises(ValueError, match="window"):
         SinkWindowOptions(window=0)
     with pytest.raises(ValueError, match="windw"):

@@ -14,20 +14,25 @@ c = -6, by 4 to 19 % at -4 and by 54 to 84 % at 0. Where attention is local, c a
 untrained student worse than its window; where it is diffuse, larger c was better. -6 is the
 default, since a converted model should not start below its window; the gradient of c_h is
 proportional to the far mass, so give c_h a larger learning rate or a higher start to train faster.
+
+With `cells` phi is one softmax over so many random directions instead (`HashMap`): a soft hash,
+for heads that look back at single tokens. Its far mass starts near r_h N / cells, so c = 0 suits
+it. A cell costs a float32 value of the head and its normaliser: as many bytes as two tokens of a
+bfloat16 cache of values, or one of keys and values.
 """
 
 from __future__ import annotations
 
 import sympy
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from rewriter.ir.kernels import JointWindowLinear
 from rewriter.ir.site import AttentionSite
 from rewriter.ir.state import BATCH, HEADS, KEY_DIM, KV_HEADS, TOKENS, VALUE_DIM, State
 from rewriter.mixers.base import MixerInfo, MixerOptions
-from rewriter.mixers.linear.features import map_pair
+from rewriter.mixers.linear.features import HashMap, HedgehogMap, hash_pair, map_pair
 from rewriter.mixers.linear.hedgehog import feature_dim, refuse_map
 from rewriter.mixers.shared.pairs import causal_pairs
 from rewriter.mixers.shared.window import Windowed
@@ -38,13 +43,28 @@ class HedgehogWindowOptions(MixerOptions):
     """Options.
 
     `window`: tokens in the window, the query's own included; `sinks`: first tokens kept exact;
-    `feature_dim`: columns of W, None for the head's width; `initial_log_ratio`: c_h at the start.
+    `feature_dim`: columns of W, None for the head's width; `initial_log_ratio`: c_h at the start;
+    `cells`: features of the soft hash that takes the place of the Hedgehog map, None for the map;
+    `sharpness`: standard deviation of the hash's directions at the start.
     """
 
     window: int = Field(default=64, ge=1)
     sinks: int = Field(default=4, ge=0)
     feature_dim: int | None = Field(default=None, ge=1)
     initial_log_ratio: float = Field(default=-6.0, ge=-30.0, le=10.0)
+    cells: int | None = Field(default=None, ge=2)
+    sharpness: float = Field(default=0.5, gt=0.0, le=10.0)
+
+    @model_validator(mode="after")
+    def _one_map(self) -> HedgehogWindowOptions:
+        if self.cells is not None and self.feature_dim is not None:
+            raise ValueError("give 'feature_dim' or 'cells': one map has no room for both")
+        return self
+
+
+def far_features(site: AttentionSite, options: HedgehogWindowOptions) -> int:
+    """Width of phi."""
+    return 2 * feature_dim(site, options) if options.cells is None else options.cells
 
 
 class HedgehogWindow(Windowed):
@@ -63,7 +83,12 @@ class HedgehogWindow(Windowed):
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         super().__init__(site, options, layer)
         assert isinstance(options, HedgehogWindowOptions)
-        self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
+        self.map_q: HedgehogMap | HashMap
+        self.map_k: HedgehogMap | HashMap
+        if options.cells is None:
+            self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
+        else:
+            self.map_q, self.map_k = hash_pair(site, options.cells, options.sharpness)
         start = torch.full((site.heads.query,), options.initial_log_ratio)
         self.log_ratio = nn.Parameter(start)
 
@@ -78,18 +103,19 @@ class HedgehogWindow(Windowed):
             window=options.window,
             sinks=options.sinks,
             scale=site.scale,
-            features=2 * feature_dim(site, options),
+            features=far_features(site, options),
             softcap=site.softcap,
         )
 
     @classmethod
     def flops(cls, site: AttentionSite, options: MixerOptions) -> sympy.Expr:
         assert isinstance(options, HedgehogWindowOptions)
-        width = feature_dim(site, options)
+        features = far_features(site, options)
+        columns = feature_dim(site, options) if options.cells is None else features
         pairs = causal_pairs(options.window + options.sinks)
         near = 2 * BATCH * HEADS * pairs * (KEY_DIM + VALUE_DIM)
-        maps = 2 * BATCH * (HEADS + KV_HEADS) * TOKENS * KEY_DIM * width
-        return near + maps + 4 * BATCH * HEADS * TOKENS * 2 * width * (VALUE_DIM + 1)
+        maps = 2 * BATCH * (HEADS + KV_HEADS) * TOKENS * KEY_DIM * columns
+        return near + maps + 4 * BATCH * HEADS * TOKENS * features * (VALUE_DIM + 1)
 
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         ratio = self.log_ratio.float().exp()

@@ -3,6 +3,10 @@
 Both halves are softmaxes over the features, so the features are positive and bounded by 1, and no
 exponent is positive. Other published forms (a raw exponential, one softmax over both halves)
 differ from this one and their weights do not fit it.
+
+`HashMap` is one softmax over many sharp random directions, the same for queries and keys at the
+start: a soft hash. Of n keys spread evenly over m cells a query then reads n / m, so a head that
+looks back at one token of a long text needs m of the order of n.
 """
 
 from __future__ import annotations
@@ -34,6 +38,37 @@ class HedgehogMap(nn.Module):
         """(B, heads, n, width) to (B, heads, n, 2 * features), float32, at least `FLOOR`."""
         x = (x.float() * self.factor) @ self.weight.float()
         return torch.cat((x.softmax(-1), (-x).softmax(-1)), -1).clamp_min(FLOOR)
+
+
+class HashMap(nn.Module):
+    """phi(x) = softmax(x W) for each head, W drawn from a normal distribution."""
+
+    def __init__(self, start: torch.Tensor, factor: float) -> None:
+        """Args: first value of W, (heads, width, features), and the input factor."""
+        super().__init__()
+        self.factor = factor
+        self.weight = nn.Parameter(start)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, heads, n, width) to (B, heads, n, features), float32, at least `FLOOR`."""
+        x = (x.float() * self.factor) @ self.weight.float()
+        return x.softmax(-1).clamp_min(FLOOR)
+
+
+def hash_pair(site: AttentionSite, features: int, sharpness: float) -> tuple[HashMap, HashMap]:
+    """Maps for queries and keys; W of a query head starts as that of its key/value head.
+
+    Args:
+        sharpness: standard deviation of W. The draw is the same for every site of one shape.
+    """
+    for_q, for_k = input_factors(site)
+    heads = site.heads
+    shape = (heads.key_value, heads.key_dim, features)
+    cells = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * sharpness
+    return (
+        HashMap(cells.repeat_interleave(heads.group, 0), for_q),
+        HashMap(cells, for_k),
+    )
 
 
 def input_factors(site: AttentionSite) -> tuple[float, float]:
