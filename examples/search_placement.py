@@ -3,9 +3,9 @@
     python examples/search_placement.py --assets assets
 
 Eight of thirty layers may keep full attention, the others get a window of 64 and 4 sinks. The
-search minimises the loss on text and on repeats of text long past. It runs in bfloat16 and measures
-its four best placements again in float32, which decides. The result is judged in float32 on another
-part of the text and with longer repeats, beside full attention and a uniform placement.
+search minimises the loss on repeats of text long past, with a limit on the perplexity. It runs in
+bfloat16 and measures its best placements again in float32, which decides. The result is judged in
+float32 on another part of the text, beside full attention and a uniform placement.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--full", type=int, default=8, help="layers that may stay full")
     parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=0, help="of a relaxed start")
     parser.add_argument("--trials", type=int, default=120)
-    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=12, help="of exchanges, at most")
+    parser.add_argument("--limit", type=float, default=1.085, help="perplexity on the probes")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plan", type=Path, default=Path("out/searched-plan.json"))
+    parser.add_argument("--journal", type=Path, help="goes on from a search that was stopped")
     parser.add_argument(
         "--compare",
         default="0,7,14,18,19,20,23,24",
@@ -56,18 +59,31 @@ def main() -> None:
     candidates = [Candidate("sink_window", window), Candidate("keep", {}, 1.0)]
     space = open_space(source.model, sites, candidates)
     fast = open_space(source.model, sites, candidates, dtype=getattr(torch, options.dtype))
-    objective = Objective(corpus.train.ids.flatten(), Probes())
+    probes = Probes(passage=200, passages=2, gap=(300, 500), skip=20)
+    objective = Objective(corpus.train.ids.flatten(), probes, copy_weight=4.0, limit=options.limit)
+    chosen = SearchOptions(
+        options.steps,
+        options.trials,
+        options.draws,
+        60 * options.minutes,
+        finalists=2,
+        journal=options.journal,
+    )
     began, spent = time.perf_counter(), time.process_time()
     result = search(
         fast,
         objective,
         float(options.full),
-        SearchOptions(options.steps, options.trials, options.draws),
+        chosen,
         note=console.print,
         precise=space,
     )
     minutes = (time.perf_counter() - began) / 60
     processor = (time.process_time() - spent) / 60
+    if result.seconds is not None:
+        console.print(
+            f"all runs of the journal: {result.seconds / 60:.1f} minutes of processor time"
+        )
     options.plan.parent.mkdir(parents=True, exist_ok=True)
     result.plan.save(options.plan)
     figures = options.plan.with_name("search.json")
@@ -90,7 +106,7 @@ def main() -> None:
     placements = {
         "uniform": uniform,
         "compared": by_hand,
-        "rounded": result.relaxed.picks,
+        "start": result.start.picks,
         "searched": result.best.picks,
     }
     for name, picks in placements.items():

@@ -104,7 +104,7 @@ class Budget(_Strict):
     bounded: bool = False
     device: str = "here"
     dtype: str = "float32"
-    steps: int = Field(default=40, ge=1)
+    steps: int = Field(default=0, ge=0)
     trials: int = Field(default=120, ge=0)
     draws: int = Field(default=8, ge=1)
 

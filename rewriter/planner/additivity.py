@@ -56,9 +56,9 @@ def additivity(
 ) -> tuple[Additivity, list[list[float]]]:
     """Calibrate on everything the judge has measured; also the first-order single harms.
 
-    The harms are slopes at the dearest assignment: one backward pass gives all of them.
+    The harms are slopes at the exact assignment: one backward pass gives all of them.
     """
-    exact = tuple(max(range(len(row)), key=row.__getitem__) for row in space.costs)
+    exact = space.exact
     base = judge(exact)
     slope = slopes(space, objective, exact, draws)
     harms = [[s - row[e] for s in row] for row, e in zip(slope, exact, strict=True)]

@@ -68,7 +68,7 @@ def knapsack(
         back.append(trail)
     end = min(range(room + 1), key=best.__getitem__)
     if not math.isfinite(best[end]):
-        raise UsageError(_too_small(costs, budget))
+        return _cheapest(harms, costs, budget)
     picks: list[int] = []
     at = end
     for trail in reversed(back):
@@ -77,6 +77,23 @@ def knapsack(
     picks.reverse()
     spent = sum(row[p] for row, p in zip(costs, picks, strict=True))
     return Choice(tuple(picks), best[end], spent)
+
+
+def _cheapest(
+    harms: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
+) -> Choice:
+    """The cheapest assignment, which may fit where its costs, rounded up, do not."""
+    rows = [
+        min(
+            ((c[p], h[p], p) for p in range(len(h)) if math.isfinite(h[p])),
+            default=(math.inf, math.inf, 0),
+        )
+        for h, c in zip(harms, costs, strict=True)
+    ]
+    spent = sum(cost for cost, _, _ in rows)
+    if not spent <= budget:
+        raise UsageError(_too_small(costs, budget))
+    return Choice(tuple(pick for _, _, pick in rows), sum(harm for _, harm, _ in rows), spent)
 
 
 def cheapest_choice(costs: Sequence[Sequence[float]]) -> float:

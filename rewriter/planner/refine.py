@@ -1,23 +1,26 @@
 """Local search on measured scores: exchange choices, keep what helps, measure everything.
 
-Slopes at the present assignment rank the exchanges; each one is then measured on fixed probes,
-since slopes and sensitivities only guess.
+Single changes of the present assignment are measured on a few probes, whether they fit the budget
+or not. Sums of two rank the exchanges; each promising one is then measured on all probes, since
+effects do not add up.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import stdev
 
+from rewriter.planner.blocks import Outputs, SharedBlocks
+from rewriter.planner.journal import Journal
 from rewriter.planner.objective import Objective, Score
-from rewriter.planner.relax import slopes
 from rewriter.planner.space import SearchSpace
 
 Picks = tuple[int, ...]
+Move = tuple[int, int]  # a site and the number of its new candidate
 
 
 @dataclass(frozen=True)
@@ -30,166 +33,192 @@ class Measured:
 
 
 class Judge:
-    """Measures assignments on fixed probes, each probe of an assignment once."""
+    """Measures assignments on fixed probes, each probe of an assignment once.
 
-    def __init__(self, space: SearchSpace, objective: Objective, draws: range):
+    Assignments share the layers before the first site in which they differ from `base`.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        objective: Objective,
+        draws: range,
+        journal: Journal | None = None,
+    ):
         self.space = space
         self.objective = objective
         self.draws = draws
-        self._known: dict[Picks, Measured] = {}
-        self._scores: dict[Picks, list[Score]] = {}
+        self.base: Picks | None = None
+        self._shared = SharedBlocks(space.model, space.sites)
+        self._kept: dict[int, Outputs] = {}  # of the base, by draw
+        self._fresh: tuple[Picks | None, dict[int, Outputs]] = None, {}  # of the latest
+        self._scores: dict[Picks, dict[int, Score]] = {}
+        self._journal = journal
+        for (picks, draw), score in journal.scores.items() if journal is not None else ():
+            self._scores.setdefault(picks, {})[draw] = score
 
     def __call__(self, picks: Sequence[int]) -> Measured:
         """On all probes."""
         key = tuple(picks)
-        while key not in self._known:
-            self._probe(key)
-        return self._known[key]
+        value = self.value(key, self.draws)
+        return Measured(key, self.score(key, self.draws), value)
 
-    def beats(self, picks: Sequence[int], best: Picks) -> Measured | None:
+    def score(self, picks: Picks, draws: Sequence[int]) -> Score:
+        """Mean over some probes."""
+        return Score.over([self._probe(picks, draw) for draw in draws])
+
+    def value(self, picks: Picks, draws: Sequence[int]) -> float:
+        """The objective's value on some probes."""
+        exact = None
+        if self.objective.limit is not None:
+            exact = self.score(self.space.exact, draws)
+        # the assignment itself comes last: what it gave may be shared
+        return self.objective.value(self.score(picks, draws), exact)
+
+    def start_from(self, picks: Picks) -> None:
+        """Make a measured assignment the base."""
+        latest, fresh = self._fresh
+        self.base, self._kept = picks, fresh if latest == picks else {}
+
+    def beats(self, picks: Picks, best: Picks) -> Measured | None:
         """The measurement of an assignment that is better than a measured one, else None.
 
         Both see the same probes, so their differences decide: it is given up as soon as the mean
         difference is larger than its standard error.
         """
-        key, than = tuple(picks), self._scores[best]
-        while key not in self._known:
-            scores = self._probe(key)
-            worse = [
-                self.objective.value(a) - self.objective.value(b)
-                for a, b in zip(scores, than, strict=False)
-            ]
-            if len(worse) > 1 and mean(worse) > stdev(worse) / math.sqrt(len(worse)):
+        worse: list[float] = []
+        for count, draw in enumerate(self.draws, start=1):
+            one, other = (self.objective.value(self._probe(p, draw)) for p in (picks, best))
+            worse.append(one - other)
+            seen = self.draws[:count]
+            gap = self.value(picks, seen) - self.value(best, seen)
+            if count > 1 and gap > stdev(worse) / math.sqrt(count):
                 return None
-        found = self._known[key]
-        return found if found.value < self._known[best].value else None
+        return self(picks) if gap < 0 else None
 
-    def _probe(self, key: Picks) -> list[Score]:
-        """One more probe; the assignment is known after the last."""
-        scores = self._scores.setdefault(key, [])
-        draw = self.draws[len(scores)]
-        self.space.use(key)
-        scores.append(self.objective.score(self.space.model, range(draw, draw + 1)))
-        if len(scores) == len(self.draws):
-            score = Score(mean(s.text for s in scores), mean(s.copy for s in scores))
-            self._known[key] = Measured(key, score, self.objective.value(score))
-        return scores
+    def _probe(self, key: Picks, draw: int) -> Score:
+        scores = self._scores.setdefault(key, {})
+        if draw not in scores:
+            first, before = 0, self._kept.get(draw, {})
+            if self.base is not None:
+                pairs = zip(key, self.base, strict=True)
+                first = next((n for n, (a, b) in enumerate(pairs) if a != b), len(key))
+            self.space.use(key)
+            with self._shared.reused(before, first) as fresh:
+                scores[draw] = self.objective.score(self.space.model, range(draw, draw + 1))
+            if self._fresh[0] != key:
+                self._fresh = key, {}
+            self._fresh[1][draw] = fresh
+            if self._journal is not None:
+                self._journal.add(key, draw, scores[draw])
+        return scores[draw]
 
     @property
     def measured(self) -> list[Measured]:
-        """Everything measured so far, best first."""
-        return sorted(self._known.values(), key=lambda m: m.value)
+        """Everything that was measured on all probes, best first."""
+        known = [self(k) for k, scores in self._scores.items() if len(scores) == len(self.draws)]
+        return sorted(known, key=lambda m: m.value)
 
 
 def refine(
     judge: Judge,
     start: Picks,
-    budget: float,
     *,
+    within: Callable[[Picks], bool],
     trials: int,
-    spread: int = 8,
-    seed: int = 0,
-    allowed: Callable[[Picks], bool] = lambda picks: True,
+    spread: int = 12,
+    ranking: int = 2,
+    seconds: float | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Measure up to `trials` exchanges, always from the best assignment so far.
 
+    It ends when two rankings on different probes name nothing that helps.
+
     Args:
-        spread: exchanges tried from one ranking before the slopes are taken again.
-        seed: of the random exchanges that are tried between ranked ones.
-        allowed: whether an assignment meets all other constraints.
+        within: whether an assignment fits the budget and meets all other constraints.
+        spread: exchanges in a row that do not help before single changes are measured again.
+        ranking: probes on which single changes are measured.
+        seconds: no exchange is begun after so much time; None: no limit.
     """
     best = judge(start)
-    rng = random.Random(seed)
-    space = judge.space
+    judge.start_from(start)
+    began = time.monotonic()
 
-    def within(picks: Picks) -> bool:
-        return space.cost(picks) <= budget + 1e-9 * max(1.0, abs(budget)) and allowed(picks)
+    def late() -> bool:
+        return seconds is not None and time.monotonic() - began > seconds
 
-    tried = 0
+    tried, turn, failed = 0, 0, 0
     seen = {best.picks}
-    turn = 0
-    while tried < trials:
-        # two probes of the fixed ones rank, others the next time: slopes only guess anyway
-        some = range(judge.draws[turn], judge.draws[min(turn + 1, len(judge.draws) - 1)] + 1)
-        turn = (turn + 2) % len(judge.draws)
-        ranked = iter(_ranked(judge, best.picks, some, within, seen))
-        moved = False
-        for _ in range(min(spread, trials - tried)):
-            picks = next(ranked, None)
+    while tried < trials and failed < 2 and not late():
+        # the next ranking takes other probes of the fixed ones, so that no few of them decide
+        some = [judge.draws[(turn + n) % len(judge.draws)] for n in range(ranking)]
+        turn += ranking
+        effects = effects_of(judge, best.picks, some)
+        in_vain, failed = 0, failed + 1
+        while in_vain < spread and tried < trials and not late():
+            picks = _likeliest(effects, best.picks, within, seen)
             if picks is None:
-                picks = _random_exchange(space, best.picks, within, rng, seen)
-            if picks is None:
-                return best
+                break
             seen.add(picks)
             tried += 1
             found = judge.beats(picks, best.picks)
-            if found is not None:
-                best, moved = found, True
-                note(
-                    f"exchange {tried} of {trials}: copy perplexity "
-                    f"{best.score.copy_perplexity:.3f}, perplexity {best.score.perplexity:.2f}"
-                )
-                break
-        if not moved and tried < trials:
-            picks = _random_exchange(space, best.picks, within, rng, seen)
-            if picks is None:
-                return best
-            seen.add(picks)
-            tried += 1
-            best = judge.beats(picks, best.picks) or best
+            if found is None:
+                in_vain += 1
+                continue
+            moved = {n for n, (a, b) in enumerate(zip(picks, best.picks, strict=True)) if a != b}
+            effects = {m: e for m, e in effects.items() if m[0] not in moved}
+            in_vain, failed = 0, 0
+            note(
+                f"exchange {tried} of {trials}: copy perplexity "
+                f"{found.score.copy_perplexity:.3f}, perplexity {found.score.perplexity:.2f} "
+                f"with {_difference(judge.space, best.picks, picks)}"
+            )
+            best = found
+            judge.start_from(picks)
     return best
 
 
-def _ranked(
-    judge: Judge,
-    picks: Picks,
-    draws: range,
-    within: Callable[[Picks], bool],
-    seen: set[Picks],
-) -> list[Picks]:
-    """Exchanges that the slopes expect to help, best first."""
-    slope = slopes(judge.space, judge.objective, picks, draws)
-    options = []
-    for changed in _exchanges(judge.space, picks, within):
-        if changed in seen:
-            continue
-        gain = sum(
-            row[new] - row[old]
-            for row, old, new in zip(slope, picks, changed, strict=True)
-            if old != new
-        )
-        options.append((gain, changed))
-    return [changed for _, changed in sorted(options)]
-
-
-def _exchanges(
-    space: SearchSpace, picks: Picks, within: Callable[[Picks], bool]
-) -> Iterator[Picks]:
-    """All allowed assignments that differ in one site or in two."""
+def effects_of(judge: Judge, picks: Picks, draws: Sequence[int]) -> dict[Move, float]:
+    """What every single change adds to the value of an assignment on some probes."""
+    base = judge.value(picks, draws)
     moves = [
         (site, pick)
-        for site, row in enumerate(space.candidates)
+        for site, row in enumerate(judge.space.candidates)
         for pick in range(len(row))
         if pick != picks[site]
     ]
-    for count in (1, 2):
-        for chosen in itertools.combinations(moves, count):
-            if len({site for site, _ in chosen}) < count:
-                continue
-            changed = list(picks)
-            for site, pick in chosen:
-                changed[site] = pick
-            if within(tuple(changed)):
-                yield tuple(changed)
+    return {move: judge.value(changed(picks, move), draws) - base for move in moves}
 
 
-def _random_exchange(
-    space: SearchSpace,
+def _likeliest(
+    effects: Mapping[Move, float],
     picks: Picks,
     within: Callable[[Picks], bool],
-    rng: random.Random,
     seen: set[Picks],
 ) -> Picks | None:
-    fresh = [p for p in _exchanges(space, picks, within) if p not in seen]
-    return rng.choice(fresh) if fresh else None
+    """The new assignment, one move away or two, of least sum of single effects."""
+    pairs = ((a, b) for a, b in itertools.combinations(effects, 2) if a[0] != b[0])
+    options = [
+        (sum(effects[m] for m in moves), after)
+        for moves in itertools.chain(((move,) for move in effects), pairs)
+        if (after := changed(picks, *moves)) not in seen and within(after)
+    ]
+    return min(options)[1] if options else None
+
+
+def changed(picks: Picks, *moves: Move) -> Picks:
+    """The assignment after some moves."""
+    out = list(picks)
+    for site, pick in moves:
+        out[site] = pick
+    return tuple(out)
+
+
+def _difference(space: SearchSpace, old: Picks, new: Picks) -> str:
+    """'layer 3: keep, layer 8: sink_window'."""
+    return ", ".join(
+        f"layer {site.index}: {row[b].mixer}"
+        for site, row, a, b in zip(space.sites, space.candidates, old, new, strict=True)
+        if a != b
+    )

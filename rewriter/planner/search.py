@@ -1,4 +1,4 @@
-"""The training-free search: relax, round, refine on measurements, and return an ordinary plan."""
+"""The training-free search: a start, exchanges judged by measurement, and an ordinary plan."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rewriter.errors import UsageError
 from rewriter.mixers import registry
 from rewriter.plan import Decision, Plan, tool_version
+from rewriter.planner.journal import Journal, digest
 from rewriter.planner.knapsack import knapsack
 from rewriter.planner.objective import Objective, Score
-from rewriter.planner.refine import Judge, Measured, refine
+from rewriter.planner.refine import Judge, Measured, effects_of, refine
 from rewriter.planner.relax import relaxed_harms
 from rewriter.planner.space import SearchSpace
 
@@ -23,18 +25,20 @@ class SearchOptions:
     """How long to search.
 
     Attributes:
-        steps: gradient steps of the relaxed search.
+        steps: gradient steps of a relaxed search that gives a second start; 0: none.
         trials: exchanges tried after it; one that is clearly worse is given up after two probes.
         draws: probes an exchange is measured on; they are not used by the relaxed steps.
-        seed: of the random exchanges.
+        seconds: no exchange is begun after so much time in them; None: no limit.
         finalists: best assignments that are measured again in the precise space, if there is one.
+        journal: file in which scores are noted; a search that was stopped goes on from it.
     """
 
-    steps: int = 40
+    steps: int = 0
     trials: int = 120
     draws: int = 8
-    seed: int = 0
+    seconds: float | None = None
     finalists: int = 4
+    journal: Path | None = None
 
     @property
     def probes(self) -> range:
@@ -50,22 +54,25 @@ class SearchResult:
         plan: the best assignment as a plan for `rewriter.rewrite`.
         best: the best assignment and its score on the search's own probes, which flatter it: judge
             it on other text.
-        relaxed: the assignment after the relaxed steps, before refinement.
-        measured: every assignment that was measured, best first.
+        start: the assignment before the exchanges.
+        measured: every assignment within the budget that was measured on all probes, best first.
         cost: of the best assignment.
         budget: largest cost that was allowed.
         costs: of every measured assignment.
         judge: measures further assignments on the same probes.
+        seconds: processor time of the measurements, with those of a journal's earlier runs; None
+            without a journal.
     """
 
     plan: Plan
     best: Measured
-    relaxed: Measured
+    start: Measured
     measured: tuple[Measured, ...]
     cost: float
     budget: float
     costs: tuple[float, ...]
     judge: Judge = field(repr=False, compare=False)
+    seconds: float | None = None
 
     def to_json(self, unit: str = "") -> dict[str, Any]:
         """Plain values, as a result page reads them; `unit` names the unit of the costs."""
@@ -102,28 +109,37 @@ def search(
         UsageError: nothing fits the budget.
     """
     chosen = options or SearchOptions()
-    harms = relaxed_harms(space, objective, budget, steps=chosen.steps, note=note)
-    start, names = _rounded(space, harms, budget, kinds)
-    judge = Judge(space, objective, chosen.probes)
-    relaxed = judge(start)
+
+    def within(picks: Sequence[int]) -> bool:
+        fits = space.cost(picks) <= budget + 1e-9 * max(1.0, abs(budget))
+        return fits and (kinds is None or len(mixers_of(space, picks)) <= kinds)
+
+    journal = None
+    if chosen.journal is not None:
+        journal = Journal(chosen.journal, digest(space, objective))
+    judge = Judge(space, objective, chosen.probes, journal)
+    every = [single_harms(judge, chosen.probes[:2])]
+    if chosen.steps:
+        every.append(relaxed_harms(space, objective, budget, steps=chosen.steps, note=note))
+    starts = [judge(_rounded(space, harms, budget, kinds)) for harms in every]
+    start = min(starts, key=lambda m: m.value)
     note(
-        f"rounded: copy perplexity {relaxed.score.copy_perplexity:.3f}, "
-        f"perplexity {relaxed.score.perplexity:.2f}"
+        f"start: copy perplexity {start.score.copy_perplexity:.3f}, perplexity "
+        f"{start.score.perplexity:.2f}"
     )
     best = refine(
         judge,
-        start,
-        budget,
+        start.picks,
         trials=chosen.trials,
-        seed=chosen.seed,
-        allowed=lambda picks: names is None or mixers_of(space, picks) <= names,
+        seconds=chosen.seconds,
+        within=within,
         note=note,
     )
-    measured = tuple(judge.measured)
+    measured = tuple(m for m in judge.measured if within(m.picks))
     if precise is not None:
         judge = Judge(precise, objective, chosen.probes)
         finals = [judge(m.picks) for m in measured[: max(1, chosen.finalists)]]
-        best, relaxed = min(finals, key=lambda m: m.value), judge(relaxed.picks)
+        best, start = min(finals, key=lambda m: m.value), judge(start.picks)
         note(
             f"measured again: copy perplexity {best.score.copy_perplexity:.3f}, "
             f"perplexity {best.score.perplexity:.2f}"
@@ -133,13 +149,26 @@ def search(
     return SearchResult(
         plan=plan_of(space, best.picks),
         best=best,
-        relaxed=relaxed,
+        start=start,
         measured=measured,
         cost=space.cost(best.picks),
         budget=budget,
         costs=tuple(space.cost(m.picks) for m in measured),
         judge=judge,
+        seconds=None if journal is None else journal.seconds,
     )
+
+
+def single_harms(judge: Judge, draws: Sequence[int]) -> list[list[float]]:
+    """What each candidate at one site adds to the value of the exact assignment."""
+    exact = judge.space.exact
+    judge.value(exact, draws)
+    judge.start_from(exact)
+    effects = effects_of(judge, exact, draws)
+    return [
+        [effects.get((site, pick), 0.0) for pick in range(len(row))]
+        for site, row in enumerate(judge.space.candidates)
+    ]
 
 
 def mixers_of(space: SearchSpace, picks: Sequence[int]) -> frozenset[str]:
@@ -149,12 +178,12 @@ def mixers_of(space: SearchSpace, picks: Sequence[int]) -> frozenset[str]:
 
 def _rounded(
     space: SearchSpace, harms: list[list[float]], budget: float, kinds: int | None
-) -> tuple[tuple[int, ...], frozenset[str] | None]:
-    """The knapsack's assignment with at most `kinds` mixers, and which ones; None: any."""
+) -> tuple[int, ...]:
+    """The knapsack's assignment with at most `kinds` mixers."""
     every = sorted({c.mixer for row in space.candidates for c in row})
     if kinds is None or kinds >= len(every):
-        return knapsack(harms, space.costs, budget).picks, None
-    best, names = None, None
+        return knapsack(harms, space.costs, budget).picks
+    best = None
     for chosen in itertools.combinations(every, kinds):
         masked = [
             [h if c.mixer in chosen else math.inf for h, c in zip(hs, cs, strict=True)]
@@ -165,12 +194,12 @@ def _rounded(
         except UsageError:
             continue
         if best is None or found.harm < best.harm:
-            best, names = found, frozenset(chosen)
+            best = found
     if best is None:
         raise UsageError(
             f"no choice of {kinds} mixers fits the budget at every site; allow more kinds"
         )
-    return best.picks, names
+    return best.picks
 
 
 def _plain(score: Score) -> dict[str, float]:

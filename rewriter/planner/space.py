@@ -109,6 +109,15 @@ class SearchSpace:
     def cost(self, picks: Sequence[int]) -> float:
         return sum(row[p] for row, p in zip(self.costs, picks, strict=True))
 
+    @property
+    def exact(self) -> tuple[int, ...]:
+        """At every site its exact candidate, or the dearest where there is none."""
+
+        def rank(candidate: Candidate) -> tuple[bool, float]:
+            return registry.get(candidate.mixer).info.tier == "exact", candidate.cost
+
+        return tuple(max(range(len(r)), key=lambda n: rank(r[n])) for r in self.candidates)
+
     def use(self, picks: Sequence[int]) -> None:
         """Run this assignment from now on."""
         for core, pick in zip(self._cores, picks, strict=True):
