@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--share", default="0.6x", help="of the exact model's prefill time")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--heads", action="store_true", help="also full single heads")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=0, help="of a relaxed start")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--rows", type=int, default=8, help="rows of the judgement")
