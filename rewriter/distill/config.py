@@ -35,6 +35,8 @@ class Budget(_Strict):
         warmup: fraction of the budget over which the learning rate rises from 0.
         final: fraction of the learning rate that is left at the end.
         clip: largest gradient norm (per layer where layers train apart), or None.
+        drop_window: probability that a mixer with branches computes a forward without its branch
+            'window', drawn for each of them, so that the other branch has something to learn.
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -46,6 +48,7 @@ class Budget(_Strict):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     final: float = Field(default=0.05, ge=0, le=1)
     clip: float | None = Field(default=1.0, gt=0)
+    drop_window: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _limited(self) -> Budget:

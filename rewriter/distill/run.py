@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,9 +106,11 @@ def distill(
             result, values = trainer.run(stage, budget, body_lr, start)
             stage.write(values, student)
             results.append(result)
+            # A stage that was done before this process began has no losses here.
+            losses = "" if math.isnan(result.last) else f"{result.first:.4f} -> {result.last:.4f}"
             report.message(
                 f"stage '{name}': {result.steps} steps, {result.tokens} tokens in "
-                f"{duration(result.seconds)}, loss {result.first:.4f} -> {result.last:.4f}"
+                f"{duration(result.seconds)}, {f'loss {losses}' if losses else 'done before'}"
             )
             del stage, values
     return DistillResult(tuple(results))

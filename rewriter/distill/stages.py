@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from rewriter.distill.copies import (
     core_rates,
     learning_owners,
     private_copy,
+    rewritten_cores,
     rewritten_owners,
     write_body,
     write_core,
@@ -81,6 +83,17 @@ def _hidden(output: Any) -> torch.Tensor:
     return first_tensor(output)
 
 
+@contextmanager
+def dropping(student: nn.Module, chance: float) -> Iterator[None]:
+    """Inside, each mixer with a branch 'window' is without it with this probability."""
+    with ExitStack() as stack:
+        if chance > 0:
+            for core in rewritten_cores(student).values():
+                if "window" in core.branches and float(torch.rand(())) < chance:
+                    stack.enter_context(core.without("window"))
+        yield
+
+
 class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure
     """Every rewritten module has been called: the rest of the teacher's forward is not needed."""
 
@@ -129,6 +142,10 @@ class MatchLayers:
         self._calls: int | None = None  # calls of rewritten modules in one forward, once known
 
     def backward(self, rows: Rows, scale: float) -> Losses:
+        with dropping(self.student, self.options.drop_window):
+            return self._backward(rows, scale)
+
+    def _backward(self, rows: Rows, scale: float) -> Losses:
         parts: dict[str, float] = {}
         calls: dict[str, int] = dict.fromkeys(self.owners, 0)
 
@@ -270,7 +287,8 @@ class MatchLogits:
         self.groups = [[*self.core, *self.body]]
 
     def backward(self, rows: Rows, scale: float) -> Losses:
-        out = _logits(call(self.student, rows))
+        with dropping(self.student, self.options.drop_window):
+            out = _logits(call(self.student, rows))
         if self.options.ce < 1:
             with torch.no_grad():
                 target = _logits(call(self.teacher, rows))

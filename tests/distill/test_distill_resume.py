@@ -161,3 +161,16 @@ def test_interrupted_run_resumes_on_the_same_objects(tmp_path: Path) -> None:
     distill(teacher, other, rows, config)
     for name, value in other.named_parameters():
         assert torch.equal(student.get_parameter(name), value), name
+
+
+def test_a_stage_that_was_done_before_has_no_loss_to_print(tmp_path: Path) -> None:
+    class Lines(Silent):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    teacher = tiny_teacher()
+    rows, config = Rows(token_rows()), parse_config(CONFIG)
+    distill(teacher, tiny_student(teacher), rows, config, folder=tmp_path)
+    said: list[str] = []
+    distill(teacher, tiny_student(teacher), rows, config, folder=tmp_path, reporter=Lines())
+    assert said[-1].endswith("done before") and "nan" not in " ".join(said)

@@ -12,8 +12,9 @@ from transformers import BertConfig, BertModel
 
 from rewriter import rewrite
 from rewriter.distill import Rows, distill, parse_config
-from rewriter.distill.copies import core_names, rewritten_owners
+from rewriter.distill.copies import core_names, rewritten_cores, rewritten_owners
 from rewriter.distill.lora import site_projections
+from rewriter.distill.stages import dropping
 from rewriter.evaluate import kl_to_teacher, without_branch
 
 pytestmark = pytest.mark.usefixtures("generated_kernels")
@@ -88,3 +89,37 @@ def test_rewritten_encoder_learns_with_padding() -> None:
     )
     (stage,) = distill(teacher, student, Rows(ids, mask), settings).stages
     assert stage.last < 0.9 * stage.first and len(stage.parts) == 2
+
+
+def test_the_window_is_dropped_as_often_as_asked(rewritten: tuple[Any, Any]) -> None:
+    _, student = rewritten
+    cores = list(rewritten_cores(student).values())
+    torch.manual_seed(0)
+    met = 0
+    for _ in range(200):
+        with dropping(student, 0.25):
+            met += sum(core.disabled == {"window"} for core in cores)
+        assert not any(core.disabled for core in cores)
+    assert met / 400 == pytest.approx(0.25, abs=0.07)
+    with dropping(student, 0.0):
+        assert not any(core.disabled for core in cores)
+
+
+@pytest.mark.parametrize("stage", ["layers", "logits"])
+def test_training_with_a_dropped_window_teaches_the_far_field(
+    rewritten: tuple[Any, Any], stage: str
+) -> None:
+    """Without its window the student is nearer to the teacher than one that always had it."""
+    teacher, pattern = rewritten
+    rows = Rows(token_rows(8, 48))
+    gaps = []
+    for chance in (0.0, 0.5):
+        student = copy.deepcopy(pattern)
+        settings = {"steps": 30, "batch": 2, "lr": 3e-2, "drop_window": chance}
+        if stage == "logits":
+            settings["train"] = "core"
+        config = parse_config({"dtype": "float32", "length": 48, "fit": 0, stage: settings})
+        distill(teacher, student, rows, config)
+        with without_branch(student, "window"):
+            gaps.append(gap(teacher, student, rows.ids))
+    assert gaps[1] < gaps[0]
