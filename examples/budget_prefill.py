@@ -39,7 +39,7 @@ NEAR = {"window": 64, "sinks": 4}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--share", default="0.6x", help="of the exact model's prefill time")
+    parser.add_argument("--share", default="0.7x", help="of the exact model's prefill time")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--heads", action="store_true", help="also full single heads")
     parser.add_argument("--steps", type=int, default=0, help="of a relaxed start")
