@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from rewriter.ir.site import NearMiss, Source
 from rewriter.passes import torch_private
 from rewriter.passes.finite import FiniteValues
+from rewriter.passes.flexible import written_out
 from rewriter.passes.folding import Folding, folded, unfold
 from rewriter.passes.inline import flatten
 from rewriter.passes.provenance import module_path, normalise_stacks, source_of
@@ -114,6 +115,7 @@ def capture(
         cache_switched_off(module),
         torch_private.without_encoder_fast_path(),
         torch_private.quiet_export(),
+        written_out(),
         FiniteValues() if assume_finite else nullcontext(),
     ):
         constant = [(fixed or {}).get(name, frozenset()) for name in names]

@@ -1,7 +1,9 @@
-"""Branches on whether values are finite, taken as if they were: to read a graph, not to run it.
+"""Branches on values that change no result, taken one way: to read a graph, not to run it.
 
-Models of half precision ask `if not torch.isfinite(x).all()` before they clamp. No tracer can
-decide that, and what follows is the same model either way.
+Models of half precision ask `if not torch.isfinite(x).all()` before they clamp. Others ask whether
+a padding mask hides anything (`mask.sum() == mask.numel()`) and leave it out if not. No tracer can
+decide that, and what follows is the same model either way: values are taken as finite, and masks
+as hiding something.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from rewriter.passes.torch_private import symbolic_expression
+
 _ASKS = {"isfinite": True, "isinf": False, "isnan": False}
 _JOINS = frozenset({"all", "any"})
 
 
 class FiniteValues(TorchFunctionMode):
-    """`bool(isfinite(x).all())` is true, `bool(isinf(x).any())` and `isnan` are false.
+    """`bool(isfinite(x).all())` is true, `bool(isinf(x).any())` and `isnan` are false, and so is
+    `bool(x.sum() == x.numel())` of booleans and integers.
 
     Only these direct chains are answered; a branch on anything else stays as it is.
     """
@@ -25,6 +30,7 @@ class FiniteValues(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[int, tuple[torch.Tensor, bool]] = {}
+        self._counts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -38,6 +44,18 @@ class FiniteValues(TorchFunctionMode):
         if isinstance(out, torch.Tensor):
             if name in _ASKS:
                 self._known[id(out)] = (out, _ASKS[name])
+            elif name == "sum" and len(args) == 1 and not kwargs and not first.is_floating_point():
+                self._counts[id(out)] = (out, first)
+            elif name in ("eq", "__eq__") and self._is_size(*args):
+                self._known[id(out)] = (out, False)
             elif name in _JOINS and held is not None and held[1] == (name == "all"):
                 self._known[id(out)] = (out, held[1])
         return out
+
+    def _is_size(self, count: Any, other: Any) -> bool:
+        """Whether `count` is the sum of a tensor and `other` the number of its elements."""
+        held = self._counts.get(id(count))
+        if held is None or not isinstance(other, int | torch.SymInt):
+            return False
+        size = held[1].numel()
+        return symbolic_expression(size) == symbolic_expression(other)

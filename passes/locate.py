@@ -18,6 +18,7 @@ _NAMES = frozenset(
         "_safe_softmax",
         "scaled_dot_product_attention",
         "multi_head_attention_forward",
+        "flex_attention",
         "exp",
     }
 )

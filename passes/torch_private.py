@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.nn.attention import flex_attention as flexible
 
 from rewriter.errors import UsageError
 
@@ -76,6 +77,37 @@ def without_encoder_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def flex_attention_as(function: Callable[..., Any]) -> Iterator[None]:
+    """Calls of `flex_attention` run `function` in place of its operator, also compiled ones.
+
+    Block masks hold their mask function and no blocks: these are made from values, which a tracer
+    has not, and `function` does without them. Compiled functions run as they were written.
+    """
+    swapped = {
+        "flex_attention_hop": function,
+        "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG": True,
+        "_validate_device": lambda query, key, value: None,
+        "create_mask": lambda *_, **__: torch.ones(1, 1, 1, 1),
+        "_convert_mask_to_block_mask": lambda *_, **__: (torch.ones(1, 1, 1, 1), None),
+        "_transpose_ordered": lambda number, indices: (number, indices),
+    }
+    before = {name: getattr(flexible, name) for name in swapped}
+    try:
+        for name, value in swapped.items():
+            setattr(flexible, name, value)
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(flexible, name, value)
+
+
+def hides_nothing(mask: Callable[..., torch.Tensor]) -> bool:
+    """Whether a mask function of `flex_attention` is the one of a call without a mask."""
+    return mask is flexible.noop_mask
 
 
 def unwatched() -> AbstractContextManager[None, bool | None]:

@@ -284,6 +284,5 @@ WRITTEN: tuple[Family, ...] = (
         hidden(),
         (Attention("", "causal", fused=True),),
         ("flex",),
-        untraceable="does not support backward on CPU",
     ),
 )

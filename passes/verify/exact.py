@@ -12,6 +12,7 @@ from torch import nn
 from rewriter.ir.contract import ContractResult, judged
 from rewriter.passes.compare import max_difference, tensors_of
 from rewriter.passes.examples import Examples
+from rewriter.passes.flexible import written_out
 from rewriter.passes.realise import Target
 from rewriter.passes.realise.calls import map_leaves, observe
 
@@ -85,7 +86,7 @@ def _gradients(owner: nn.Module, named: Any) -> list[torch.Tensor]:
             return value.detach()
         return value.detach() if isinstance(value, torch.Tensor) else value
 
-    with torch.enable_grad():
+    with torch.enable_grad(), written_out():  # flex attention has no gradients on a CPU
         out = tensors_of(owner(**map_leaves(named, change)))[0]
         weights = [p for n, p in owner.named_parameters() if not n.startswith("core.")]
         wanted = [*leaf, *(p for p in weights if p.requires_grad)]
