@@ -21,6 +21,7 @@ from rewriter.passes.flexible import written_out
 from rewriter.passes.folding import Folding, folded, unfold
 from rewriter.passes.inline import flatten
 from rewriter.passes.provenance import module_path, normalise_stacks, source_of
+from rewriter.passes.records import opened
 from rewriter.passes.repeats import Call, repeated
 
 __all__ = ["Captured", "capture", "module_path", "source_of"]
@@ -79,7 +80,7 @@ class _Shim(nn.Module):
         rest = iter(leaves)
         flat = [next(rest) if isinstance(x, torch.Tensor) else x for x in self._flat]
         args, kwargs = pytree.tree_unflatten(flat, self._spec)
-        return self.captured(*args, **kwargs)
+        return opened(self.captured(*args, **kwargs))
 
 
 def capture(

@@ -212,9 +212,21 @@ def _from_given(model: nn.Module, given: Any) -> Examples:
         raise UsageError(
             f"example_inputs must be a tensor, a tuple or a dict, not {type(given).__name__}"
         )
-    resized = _resize(primary)
-    variants = {"another batch and length": resized}
-    return Examples(primary=primary, resized=resized, variants=variants)
+    for name, lengthen in (("another batch and length", True), ("another batch", False)):
+        resized = _resize(primary, lengthen)
+        if _runs(model, resized):
+            return Examples(primary=primary, resized=resized, variants={name: resized})
+    return Examples(primary=primary, resized=primary)
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether the model takes a call: many are made for one length, or for one batch."""
+    try:
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+    except Exception:  # whatever a model may raise on a call that it was not made for
+        return False
+    return True
 
 
 def calls_of(given: Any) -> tuple[Call, ...]:
@@ -224,14 +236,14 @@ def calls_of(given: Any) -> tuple[Call, ...]:
     return (Call((), dict(given)) if isinstance(given, Mapping) else Call(tuple(given)),)
 
 
-def _resize(call: Call) -> Call:
+def _resize(call: Call, lengthen: bool) -> Call:
     """One more batch row, and four more tokens where dimension 1 is a token dimension."""
     tensors = [
         t for t in (*call.args, *call.kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()
     ]
     lengths = {t.shape[1] for t in tensors if t.dim() in (2, 3)}
     batches = {t.shape[0] for t in tensors}
-    length = lengths.pop() if len(lengths) == 1 else None
+    length = lengths.pop() if lengthen and len(lengths) == 1 else None
 
     def resize(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dim() == 0:

@@ -8,7 +8,7 @@ as hiding something.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ class FiniteValues(TorchFunctionMode):
         if isinstance(out, torch.Tensor):
             if name in _ASKS:
                 self._known[id(out)] = (out, _ASKS[name])
-            elif name == "sum" and len(args) == 1 and not kwargs and not first.is_floating_point():
-                self._counts[id(out)] = (out, first)
+            elif name == "sum" and _whole(args, kwargs):
+                self._counts[id(out)] = (out, args[0])
             elif name in ("eq", "__eq__") and self._is_size(*args):
                 self._known[id(out)] = (out, False)
             elif name in _JOINS and held is not None and held[1] == (name == "all"):
@@ -58,4 +58,9 @@ class FiniteValues(TorchFunctionMode):
         if held is None or not isinstance(other, int | torch.SymInt):
             return False
         size = held[1].numel()
-        return symbolic_expression(size) == symbolic_expression(other)
+        return bool(symbolic_expression(size) == symbolic_expression(other))
+
+
+def _whole(args: Sequence[Any], kwargs: Any) -> bool:
+    """Whether a sum is one of all elements, of a tensor that counts."""
+    return len(args) == 1 and not kwargs and not args[0].is_floating_point()

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.passes.provenance import MODULE_STACK, module_stack
+from rewriter.passes.records import closed, opened
 from rewriter.passes.torch_private import symbolic_expression
 
 
@@ -104,7 +105,7 @@ def _replaced(
             return _stand_in(template, path, leaves, tensors)
         _OPERATORS.mark(tensors, f"enter {path}")
         output = original(*args, **kwargs)
-        results, out_spec = pytree.tree_flatten(output)
+        results, out_spec = pytree.tree_flatten(opened(output))
         _OPERATORS.mark([x for x in results if isinstance(x, torch.Tensor)], f"leave {path}")
         known.append(_Template(path, str(spec), leaves, results, out_spec))
         return output
@@ -130,7 +131,7 @@ def _stand_in(
             flat.append(leaves[passed[id(result)]] if id(result) in passed else new)
         else:
             flat.append(result)
-    return pytree.tree_unflatten(flat, template.spec)
+    return closed(pytree.tree_unflatten(flat, template.spec))
 
 
 def _kinds(leaves: Sequence[Any]) -> Iterator[Any]:

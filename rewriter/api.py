@@ -74,7 +74,8 @@ def rewrite(
     if any(isinstance(m, ReEmitted | Projection) for m in model.modules()):
         raise UsageError("the model is rewritten already; rewrite the original model instead")
     clock = _Clock()
-    examples = examples_for(model, example_inputs)
+    with evaluation_mode(model):
+        examples = examples_for(model, example_inputs)
     wanted = policy if isinstance(policy, Plan) else Policy.load(policy)
     with evaluation_mode(model):
         found = find(model, examples, isinstance(wanted, Policy) and wanted.linears)

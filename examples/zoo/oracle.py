@@ -30,13 +30,13 @@ class _Count(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_softmaxes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+def count_softmaxes(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> int:
     """Calls of a softmax or of an attention function in one forward pass of `model`."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), _Count() as count:
-            model(**inputs)
+            model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
     return count.calls

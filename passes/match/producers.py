@@ -13,6 +13,7 @@ from rewriter.ir.site import Projection
 from rewriter.passes.match.operands import scalar_factor
 from rewriter.passes.match.result import Operand
 from rewriter.passes.match.view import View
+from rewriter.passes.normalise.linear import CONVOLUTIONS
 from rewriter.passes.normalise.noops import strip, strip_casts
 from rewriter.passes.normalise.ops import op, operand, tensor_inputs, value
 from rewriter.passes.provenance import module_path
@@ -27,7 +28,7 @@ _REACH = 80
 class Upstream:
     """What was found between an operand and its projections.
 
-    `ends` are inputs of the captured module that were met on the way.
+    `ends` are inputs of the captured module that were met on the way, and what convolutions read.
     """
 
     linears: tuple[fx.Node, ...]
@@ -54,6 +55,9 @@ def upstream(start: fx.Node, view: View) -> Upstream:
         if view.linear(node) is not None:
             if node not in linears:
                 linears.append(node)
+            continue
+        if op(node) in CONVOLUTIONS and view.is_parameter(operand(node, 1)):
+            ends.append(operand(node))  # a projection too: what stands before it is not the core's
             continue
         nodes.add(node)
         queue.extend(tensor_inputs(node))
@@ -147,9 +151,7 @@ _MIXING = frozenset(
         "softmax",
         "_softmax",
         "embedding",
-        "conv1d",
-        "conv2d",
-        "conv3d",
+        *CONVOLUTIONS,
         "arange",
         "cumsum",
     }

@@ -18,6 +18,7 @@ from rewriter.passes.match.inputs import MaskInput, mask_inputs
 from rewriter.passes.match.probe import Probe, run
 from rewriter.passes.match.slices import Slice, slice_of
 from rewriter.passes.match.view import View
+from rewriter.passes.normalise.noops import is_noop
 from rewriter.passes.normalise.ops import op
 
 _LONGEST_SLICE = 400
@@ -88,7 +89,7 @@ def term_of(
     part = slice_of(draft.terms[index].node, view)
     if len(part.nodes) > _LONGEST_SLICE:
         return "the mask depends on activations"
-    chance = next((n for n in part.nodes if op(n) in _RANDOM), None)
+    chance = next((n for n in part.nodes if op(n) in _RANDOM and not is_noop(n)), None)
     if chance is not None:
         return f"the mask is drawn at random by '{op(chance)}'"
     inputs = mask_inputs(part, tokens, view)

@@ -11,6 +11,7 @@ from rewriter.passes.normalise.layout import permutation
 from rewriter.passes.normalise.noops import is_cast, is_noop
 from rewriter.passes.normalise.ops import op, operand
 
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "__matmul__"})
 
 

@@ -64,6 +64,9 @@ def to_canonical(
         named.insert(1, "kv_head")
     if order == CANONICAL_KV and "head" in named and "kv_head" not in named:
         named[named.index("head")] = "kv_head"
+    if order == CANONICAL and not {"head", "kv_head", "group"} & set(named):
+        node = graph.call_method("unsqueeze", (node, 1))
+        named.insert(1, "head")
     wanted: list[Axis] = []
     for axis in order:
         if axis == "head" and grouped:

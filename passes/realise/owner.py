@@ -33,6 +33,7 @@ from rewriter.passes.realise.calls import (
 from rewriter.passes.realise.emit import Emission, EmissionError, Replaced, emit
 from rewriter.passes.realise.sizes import SizeBook
 from rewriter.passes.realise.subclass import InPlace, become
+from rewriter.passes.records import closed, opened
 
 STATE = "_re_emission"
 
@@ -125,7 +126,7 @@ class ReEmitted(InPlace):
         )
         if traced.cache_outputs:
             flat = tuple(cache if n in traced.cache_outputs else x for n, x in enumerate(flat))
-        return pytree.tree_unflatten(flat, traced.structure)
+        return closed(pytree.tree_unflatten(flat, traced.structure))
 
 
 def _leaves(state: OwnerState, named: Mapping[str, Any], cores: Sequence[nn.Module]) -> bool:
@@ -227,7 +228,7 @@ def _captured(
         difference = disagreement(site, found.matches[site.slot].site)
         if difference is not None:
             raise VerificationError(f"tracing {where} gave another attention: {difference}")
-    return Capture(captured, found.matches, pytree.tree_structure(live))
+    return Capture(captured, found.matches, pytree.tree_structure(opened(live)))
 
 
 def _argument_paths(pattern: Pattern) -> dict[str, Path]:

@@ -10,10 +10,10 @@ from torch import fx
 from rewriter.ir.mlp import MapSpelling
 from rewriter.passes.match.view import View
 from rewriter.passes.normalise.layout import permutation
+from rewriter.passes.normalise.linear import CONVOLUTIONS
 from rewriter.passes.normalise.noops import is_cast, is_noop
 from rewriter.passes.normalise.ops import arguments, op, operand, value
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "__matmul__"})
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten"})
 
@@ -91,7 +91,7 @@ def read_map(node: fx.Node, view: View) -> Map | None:
         return _product(node, operand(node, 0), operand(node, 1), view)
     if name == "einsum":
         return _einsum(node, view)
-    if name in _CONVOLUTIONS:
+    if name in CONVOLUTIONS:
         return _convolution(node, view)
     if name.endswith(("grouped_mm", "grouped_mm_fallback")):
         found = _stored(operand(node, 1), view)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import fx
 
 from rewriter.passes.match.mlp.maps import Map
-from rewriter.passes.match.mlp.region import CONVOLUTIONS, REDUCTIONS, Region, is_tensor, walk
+from rewriter.passes.match.mlp.region import REDUCTIONS, Region, is_tensor, walk
 from rewriter.passes.match.mlp.result import MlpNodes
 from rewriter.passes.match.view import Refusal, View
+from rewriter.passes.normalise.linear import CONVOLUTIONS
 from rewriter.passes.normalise.noops import is_cast, is_noop
 from rewriter.passes.normalise.ops import op, tensor_inputs
 

@@ -34,7 +34,6 @@ REDUCTIONS = _words("""
     layer_norm rms_norm _fused_rms_norm native_layer_norm group_norm batch_norm instance_norm
     mean var var_mean std sum norm linalg_vector_norm amax
 """)
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 _LIMIT = 200
 
 

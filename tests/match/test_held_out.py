@@ -1,0 +1,169 @@
+"""Idioms met in models of other people's packages, each written anew here and small."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import rewriter
+
+N = 12
+FUSED = {"rules": [{"use": "fused"}]}
+
+
+def heads(x, count):
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def joined(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def tokens():
+    return (torch.randn(2, N, 64),)
+
+
+def found(model, inputs):
+    result = rewriter.inspect(model.eval(), inputs)
+    assert [m.reason for m in result.misses] == []
+    return result.sites
+
+
+def stays(model, inputs, policy="identity", atol=0.0):
+    """The rewritten model gives the same, and an object of the same class."""
+    model = model.eval()
+    with torch.no_grad():
+        wanted = model(*inputs)
+        after = rewriter.rewrite(model, policy, inputs, verify="quick")(*inputs)
+    torch.testing.assert_close(after, wanted, atol=atol, rtol=0)
+
+
+class Biased(nn.Module):
+    """The bias of the scores comes from an MLP over offsets, which has dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.mlp = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4))
+
+    def forward(self, x):
+        q, k, v = (heads(t, 4) for t in self.qkv(x).chunk(3, -1))
+        at = torch.arange(N, dtype=x.dtype)
+        bias = self.mlp((at[:, None] - at[None]).unsqueeze(-1)).permute(2, 0, 1)
+        return self.out(joined(((q @ k.mT) / 4 + bias).softmax(-1) @ v))
+
+
+def test_dropout_that_rests_draws_no_mask():
+    (site,) = found(Biased(), tokens())
+    assert (site.mask.describe(), site.position) == ("full", "relative_bias")
+
+
+class OneHead(nn.Module):
+    """One head in the layout of several, keys from a grid made smaller."""
+
+    def __init__(self, fused, reduce):
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 32)
+        self.smaller = nn.Conv2d(32, 32, 2, 2) if reduce else None
+        self.fused = fused
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q = self.q(x).reshape(b, n, 1, c).permute(0, 2, 1, 3)
+        if self.smaller is not None:
+            x = (
+                self.smaller(x.transpose(1, 2).reshape(b, c, 4, 4))
+                .reshape(b, c, -1)
+                .transpose(1, 2)
+            )
+        k, v = self.kv(x).reshape(b, -1, 2, 1, c).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = (q @ k.transpose(-2, -1) * c**-0.5).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(b, n, c))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("reduce", [False, True])
+def test_one_head(fused, reduce):
+    model, x = OneHead(fused, reduce), (torch.randn(2, 16, 32),)
+    (site,) = found(model, x)
+    assert (site.heads.query, site.heads.key_value, site.cross) == (1, 1, reduce)
+    stays(model, x)
+    if not reduce:
+        stays(model, x, FUSED, 1e-5)
+
+
+@dataclass
+class Halfway:
+    """What an attention hands on beside its output, known to nobody else."""
+
+    scores: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    name: str = "halfway"
+
+
+class Telling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x, before=None):
+        q, k, v = (heads(t, 4) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT / 4
+        if before is not None:
+            v = v + before.values
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        return self.out(joined(mixed)), Halfway(values=v)
+
+
+class Told(nn.Module):
+    """Layers that hand an object of a dataclass on, also to the caller."""
+
+    def __init__(self, pass_on):
+        super().__init__()
+        self.layers = nn.ModuleList(Telling() for _ in range(3))
+        self.pass_on = pass_on
+
+    def forward(self, x):
+        told = None
+        for layer in self.layers:
+            y, told = layer(x, told if self.pass_on else None)
+            x = x + y
+        return x, told.values
+
+
+@pytest.mark.parametrize("pass_on", [False, True])
+def test_results_that_are_objects(pass_on):
+    model = Told(pass_on)
+    sites = found(model, tokens())
+    assert [s.mask.describe() for s in sites] == ["causal"] * 3
+    if not pass_on:
+        stays(model, tokens())
+        rewritten = rewriter.rewrite(model, "identity", tokens(), verify="quick")
+        told = rewritten.layers[0](*tokens())[1]
+        assert type(told) is Halfway and told.name == "halfway" and told.scores is None
+
+
+class Convolved(nn.Module):
+    """Queries, keys and values by 1x1 convolutions of a normalised image."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.GroupNorm(1, 32), nn.Conv2d(32, 32, 1)
+        self.q, self.k, self.v = (nn.Conv2d(32, 32, 1) for _ in range(3))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        y = nn.functional.layer_norm(x.permute(0, 2, 3, 1), (c,)).permute(0, 3, 1, 2)
+        q, k, v = (f(y).view(b, 2, 16, h * w).transpose(-1, -2) for f in (self.q, self.k, self.v))
+        mixed = (q @ k.mT / 4).softmax(-1) @ v
+        return x + self.out(mixed.transpose(-1, -2).reshape(b, c, h, w))
+
+
+def test_a_norm_before_a_convolution_is_none_of_the_queries():
+    (site,) = found(Convolved(), (torch.randn(2, 32, 4, 4),))
+    assert (site.heads.query, site.qk_norm, site.cross) == (2, False, False)
