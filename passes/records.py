@@ -42,7 +42,7 @@ def closed(value: Any) -> Any:
     def put(leaf: Any) -> Any:
         if not isinstance(leaf, _Record):
             return leaf
-        made = object.__new__(leaf.kind)
+        made: Any = object.__new__(leaf.kind)
         made.__dict__.update(zip(leaf.names, map(closed, leaf.values), strict=True))
         return made
 
@@ -62,6 +62,6 @@ def _is_record(value: Any) -> bool:
 pytree.register_pytree_node(
     _Record,
     lambda r: (list(r.values), (r.kind, r.names)),
-    lambda values, known: _Record(*known, tuple(values)),
+    lambda values, known: _Record(known[0], known[1], tuple(values)),
     serialized_type_name="rewriter.passes.records.Record",
 )
