@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -39,6 +40,7 @@ class _Roles:
     """Leaf axes by role. `kv` is the part of `head` that keys and values have."""
 
     batch: tuple[int, ...]
+    window: tuple[int, ...]
     head: tuple[int, ...]
     kv: tuple[int, ...]
     query: tuple[int, ...]
@@ -53,7 +55,10 @@ class _Roles:
             heads = (("kv_head", self.kv),)
         rest: Names = (("token", self.query), ("token", self.key))
         channels: Names = (("channel", self.channel), ("channel", self.value_channel))
-        return (("batch", self.batch), *heads, *rest, *channels)
+        rows: Names = (("batch", self.batch), ("window", self.window))
+        if self.window:
+            rows = (("batch", (*self.batch, *self.window)), *rows)
+        return (*rows, *heads, *rest, *channels)
 
 
 def operands(draft: Draft, view: View) -> Operands | Refusal:
@@ -69,10 +74,15 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
     if isinstance(shared, Refusal):
         return shared
     batch, head = shared
-    kv = _kv_heads(batch, head, chains["key"], chains["value"], axes)
-    batch, head, kv = _windows_are_batch(draft, axes, batch, head, kv)
+    window, head = _windows(chains, draft, axes, head)
+    kv = _kv_heads((*batch, *window), head, chains["key"], chains["value"], axes)
+    if not window:
+        window, head, kv = _outer_windows(draft, axes, head, kv)
+    if not window:
+        batch, window = _masked_windows(draft, axes, batch)
     roles = _Roles(
         batch,
+        window,
         head,
         kv,
         axes.leaves(draft.query_axis),
@@ -192,20 +202,45 @@ def _kv_heads(
     return head[: min(common)] if common else head
 
 
-def _windows_are_batch(
-    draft: Draft,
-    axes: Axes,
-    batch: tuple[int, ...],
-    head: tuple[int, ...],
-    kv: tuple[int, ...],
+def _windows(
+    chains: Mapping[Side, tuple[Entry, ...]], draft: Draft, axes: Axes, head: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(windows, heads): heads are cut from the channels of a projection, windows from its tokens.
+
+    Where no head was seen in one dimension with channels, nothing tells the two apart.
+    """
+    channels = {*axes.leaves(draft.channel), *axes.leaves(draft.value_channel)}
+    apart: set[int] = set()
+    for entry in (e for entries in chains.values() for e in entries):
+        dims = axes.resolve(entry.labels)
+        beside = {a for dim in dims if set(dim) & channels for a in dim}
+        if beside & set(head):
+            apart |= {a for dim in dims for a in dim if a in head} - beside
+    windows = tuple(a for a in head if a in apart)
+    return windows, tuple(a for a in head if a not in apart)
+
+
+def _masked_windows(
+    draft: Draft, axes: Axes, batch: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(batch, windows): inner axes of the batch that a mask has without the outer ones."""
+    for term in draft.terms:
+        for dim in axes.resolve(term.labels):
+            if dim and len(dim) < len(batch) and dim == batch[-len(dim) :]:
+                return batch[: -len(dim)], dim
+    return batch, ()
+
+
+def _outer_windows(
+    draft: Draft, axes: Axes, head: tuple[int, ...], kv: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """With two head-like dimensions and no repetition, the outer one is part of the batch."""
+    """(windows, heads, key/value heads): of two head-like dimensions and no repetition, the outer
+    one holds windows."""
     dims = [d for d in axes.resolve(draft.query.labels) if d and set(d) <= set(head)]
     if len(dims) < 2 or len(kv) < len(head):
-        return batch, head, kv
+        return (), head, kv
     inner = dims[-1]
-    outer = tuple(a for a in head if a not in inner)
-    return (*batch, *outer), inner, inner
+    return tuple(a for a in head if a not in inner), inner, inner
 
 
 def _pick(entries: tuple[Entry, ...], roles: _Roles, side: Side, axes: Axes) -> int | None:
@@ -214,7 +249,8 @@ def _pick(entries: tuple[Entry, ...], roles: _Roles, side: Side, axes: Axes) -> 
     channel = roles.value_channel if side == "value" else roles.channel
     token = roles.query if side == "query" else roles.key
     start = leaves_of(entries[0], axes)
-    needed = {*(a for a in roles.batch if a in start), *wanted, *token, *channel}
+    rows = (*roles.batch, *roles.window)
+    needed = {*(a for a in rows if a in start), *wanted, *token, *channel}
     if side == "query":
         needed &= start
     best: tuple[int, int] | None = None

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from rewriter.ir.site import AttentionSite, NearMiss
 
-Axis = Literal["batch", "head", "kv_head", "group", "token", "channel"]
+Axis = Literal["batch", "window", "head", "kv_head", "group", "token", "channel"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Layout:
     dimension. Canonical queries, keys, values and outputs are (batch, head, token, channel), with
     kv_head instead of head for keys and values. Examples: bhsd is
     ((batch,), (head,), (token,), (channel,)); (B*H, S, D) is ((batch, head), (token,), (channel,)).
+    Windows of one image are further rows of the batch; where they have a dimension of their own it
+    is called window.
     """
 
     dims: tuple[tuple[Axis, ...], ...]

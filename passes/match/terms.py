@@ -98,6 +98,9 @@ def term_of(
     fill = next((s for s in draft.steps if isinstance(s, FillTerm) and s.index == index), None)
     if fill is not None and fill.value > masks.HIDDEN:
         return f"hidden scores are filled with {fill.value:g}, which hides nothing"
+    layout = named.terms[index].layout
+    if any("window" in dim for dim in layout.dims):
+        return "it differs between the windows of one row"
     added = (s for s in draft.steps if isinstance(s, AddTerm) and s.index == index)
     factor = next((s.factor for s in added), 1.0)
     heads = (named.heads.key_value, named.heads.group)

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from rewriter.backends.ops.rotary import rotary
 from rewriter.passes.capture import Captured
-from rewriter.passes.match.result import CoreNodes, Match, Operand
+from rewriter.passes.match.result import Axis, CoreNodes, Layout, Match, Operand
 from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
 from rewriter.passes.realise.rotary import Rotation, rotations
@@ -194,7 +194,8 @@ class _Emitter:
 
     def _emit_core(self, replaced: Replaced, cache: Node) -> None:
         core, site = replaced.nodes, replaced.match.site
-        tokens = self._tokens(core.query)
+        tokens = self._size_of("token", core.query)
+        windows = self._size_of("window", core.query, core.output, *core.terms)
         operands = []
         for operand, order, channels in (
             (core.query, CANONICAL, site.heads.key_dim),
@@ -204,12 +205,16 @@ class _Emitter:
             source = self._arg(operand.node)
             operands.append(
                 to_canonical(
-                    self.graph, source, operand.layout, order, site.heads, channels, tokens
+                    *(self.graph, source, operand.layout, order, site.heads, channels, tokens),
+                    windows,
                 )
             )
         terms: list[Any] = [] if core.terms else [None] * replaced.terms
         for term in core.terms:
             value = self._arg(term.node)
+            if any("window" in dim for dim in term.layout.dims):
+                terms.append(self._of_windows(value, term.layout, operands[0], windows))
+                continue
             folded = any(len(dim) > 1 for dim in term.layout.dims)
             if folded:
                 value = self.graph.call_method("unflatten", (value, 0, (-1, site.heads.query)))
@@ -225,7 +230,9 @@ class _Emitter:
         )
         call.meta["rule"] = RULE
         out = self.graph.call_function(operator.getitem, (call, 0))
-        self.new[core.output.node] = from_canonical(self.graph, out, core.output.layout, site.heads)
+        self.new[core.output.node] = from_canonical(
+            self.graph, out, core.output.layout, site.heads, windows
+        )
         if core.weights is not None and replaced.weights:
             weights = self.graph.call_function(operator.getitem, (call, 1))
             if any(len(dim) > 1 for dim in core.weights.layout.dims):
@@ -233,13 +240,39 @@ class _Emitter:
             for node in _weight_nodes(core):
                 self.new[node] = weights
 
-    def _tokens(self, query: Operand) -> Any:
-        for dim, axes in enumerate(query.layout.dims):
-            if axes == ("token",):
-                size = _value(query.node).shape[dim]
-                symbol = _symbol(size)
-                return self.sizes.get(symbol, size) if symbol is not None else size
+    def _size_of(self, axis: Axis, *operands: Operand) -> Any:
+        """Size of an axis that is a dimension of its own, or -1."""
+        for operand in operands:
+            for dim, axes in enumerate(operand.layout.dims):
+                if axes == (axis,):
+                    size = _value(operand.node).shape[dim]
+                    symbol = _symbol(size)
+                    return self.sizes.get(symbol, size) if symbol is not None else size
         return -1
+
+    def _of_windows(self, term: Node, layout: Layout, query: Node, windows: Any) -> Node:
+        """A term of each window, (..., W, ...), as one of each row of the canonical batch.
+
+        Raises:
+            EmissionError: windows share a dimension of the term with something else.
+        """
+        if any(len(dim) > 1 for dim in layout.dims):
+            raise EmissionError("a mask of windows has them in one dimension with other axes")
+        axes = [dim[0] if dim else None for dim in layout.dims]
+        tokens = [d for d, axis in enumerate(axes) if axis == "token"]
+        wanted = [d for a in ("batch", "window", "head") for d in range(len(axes)) if axes[d] == a]
+        spare = [d for d, axis in enumerate(axes) if axis is None]
+        term = self.graph.call_method("permute", (term, (*spare, *wanted, *tokens)))
+        term = self.graph.call_method("flatten", (term, 0, len(spare))) if spare else term
+        if "batch" in axes:
+            term = self.graph.call_method("flatten", (term, 0, 1))
+        if "head" not in axes:
+            term = self.graph.call_method("unsqueeze", (term, 1))
+        if "batch" in axes:
+            return term
+        rows = self.graph.call_method("size", (query, 0))
+        times = self.graph.call_function(operator.floordiv, (rows, windows))
+        return self.graph.call_method("repeat", (term, times, 1, 1, 1))
 
     def _output(self, arg: Any) -> Any:
         if isinstance(arg, Node) and arg in self.without_weights:

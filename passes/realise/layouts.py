@@ -13,13 +13,14 @@ CANONICAL: tuple[Axis, ...] = ("batch", "head", "token", "channel")
 CANONICAL_KV: tuple[Axis, ...] = ("batch", "kv_head", "token", "channel")
 
 
-def _size(axis: Axis, heads: HeadGroups, channels: int, tokens: Any) -> Any:
+def _size(axis: Axis, heads: HeadGroups, channels: int, tokens: Any, windows: Any) -> Any:
     sizes = {
         "head": heads.query,
         "kv_head": heads.key_value,
         "group": heads.group,
         "channel": channels,
         "token": tokens,
+        "window": windows,
         "batch": -1,
     }
     return sizes[axis]
@@ -33,17 +34,19 @@ def to_canonical(
     heads: HeadGroups,
     channels: int,
     tokens: Any,
+    windows: Any = 1,
 ) -> Node:
     """Emit the ops that turn `node` from `layout` into the axes `order`.
 
-    `tokens` is the number of new tokens: an int or a node that computes it.
+    `tokens` is the number of new tokens, `windows` that of the windows of a row: an int or a node
+    that computes it.
     """
     if layout.dims == tuple((axis,) for axis in order):
         return node
     axes: list[Axis | None] = []
     for dim in layout.dims:
         if len(dim) > 1:
-            sizes = [_size(axis, heads, channels, tokens) for axis in dim]
+            sizes = [_size(axis, heads, channels, tokens, windows) for axis in dim]
             if -1 not in sizes:
                 sizes[0] = -1
             node = graph.call_method("unflatten", (node, len(axes), tuple(sizes)))
@@ -73,15 +76,22 @@ def to_canonical(
             wanted += ["kv_head", "group"]
         else:
             wanted.append(axis)
+    windowed = "window" in named
+    if windowed:
+        wanted.insert(1, "window")
     permutation = tuple(named.index(axis) for axis in wanted)
     if permutation != tuple(range(len(permutation))):
         node = graph.call_method("permute", (node, permutation))
+    if windowed:
+        node = graph.call_method("flatten", (node, 0, 1))
     if grouped and order == CANONICAL:
         node = graph.call_method("flatten", (node, 1, 2))
     return node
 
 
-def from_canonical(graph: Graph, node: Node, layout: Layout, heads: HeadGroups) -> Node:
+def from_canonical(
+    graph: Graph, node: Node, layout: Layout, heads: HeadGroups, windows: Any = 1
+) -> Node:
     """Emit the ops that turn (batch, head, token, channel) into `layout`."""
     if layout.dims == tuple((axis,) for axis in CANONICAL):
         return node
@@ -92,6 +102,9 @@ def from_canonical(graph: Graph, node: Node, layout: Layout, heads: HeadGroups) 
         have[1:2] = ["kv_head", "group"]
     elif "kv_head" in flat:
         have[1] = "kv_head"
+    if "window" in flat:
+        node = graph.call_method("unflatten", (node, 0, (-1, windows)))
+        have.insert(1, "window")
     if "batch" not in flat:
         node = graph.call_method("squeeze", (node, 0))
         have.remove("batch")

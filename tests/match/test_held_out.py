@@ -167,3 +167,62 @@ class Convolved(nn.Module):
 def test_a_norm_before_a_convolution_is_none_of_the_queries():
     (site,) = found(Convolved(), (torch.randn(2, 32, 4, 4),))
     assert (site.heads.query, site.qk_norm, site.cross) == (2, False, False)
+
+
+class Windowed(nn.Module):
+    """Windows of an image folded into rows, the mask of each in an axis of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.table = nn.Parameter(torch.randn(2, 16, 16))
+        part = torch.arange(8).div(3, rounding_mode="floor")
+        part = (part[:, None] * 3 + part).view(2, 4, 2, 4).transpose(1, 2).reshape(4, 16)
+        apart = part[:, None] != part[:, :, None]
+        self.apart = nn.Buffer(torch.zeros(apart.shape).masked_fill(apart, -100.0))
+
+    def forward(self, x):  # (B, 8, 8, 32)
+        b = x.shape[0]
+        y = x.view(b, 2, 4, 2, 4, 32).transpose(2, 3).reshape(b * 4, 16, 32)
+        qkv = self.qkv(y).reshape(b * 4, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = (q * 16**-0.5) @ k.mT + self.table.unsqueeze(0)
+        scores = scores.view(b, 4, 2, 16, 16) + self.apart.unsqueeze(1).unsqueeze(0)
+        mixed = scores.view(-1, 2, 16, 16).softmax(-1) @ v
+        y = self.out(mixed.transpose(1, 2).reshape(b * 4, 16, 32))
+        return y.view(b, 2, 2, 4, 4, 32).transpose(2, 3).reshape(b, 8, 8, 32)
+
+
+def test_windows_with_a_mask_each():
+    model, x = Windowed(), (torch.randn(2, 8, 8, 32),)
+    (site,) = found(model, x)
+    assert site.heads.query == 2 and "between the windows of one row" in site.mask.describe()
+    stays(model, x)
+
+
+class Apart(nn.Module):
+    """Attention in each of four parts of the tokens, which keep an axis of their own."""
+
+    def __init__(self, merged):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.merged = merged
+
+    def forward(self, x):  # (B, 32, 8, 8)
+        b = x.shape[0]
+        y = x.view(b, 32, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(b, 4, 16, 32)
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(2, 3) for t in self.qkv(y).chunk(3, -1))
+        if self.merged:
+            q, k, v = (t.reshape(b * 16, 16, 8) for t in (q, k, v))
+        mixed = (q @ k.mT * 8**-0.5).softmax(-1) @ v
+        mixed = mixed.view(b, 4, 4, 16, 8).transpose(2, 3).reshape(b, 4, 16, 32)
+        return self.out(mixed)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_windows_are_no_heads(merged):
+    model, x = Apart(merged), (torch.randn(2, 32, 8, 8),)
+    (site,) = found(model, x)
+    assert (site.heads.query, site.heads.key_value, site.mask.describe()) == (4, 4, "full")
+    stays(model, x)
+    stays(model, x, FUSED, 1e-5)
