@@ -27,6 +27,8 @@ from rewriter.passes.repeats import Call, repeated
 __all__ = ["Captured", "capture", "module_path", "source_of"]
 
 _WRAPPED = "captured"
+_LONG = 200
+"""Characters of an error beyond which only its first sentence is told."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ def _refusal(module: nn.Module, error: Exception) -> NearMiss:
         if isinstance(owner, nn.Module) and id(owner) in paths and code.co_name == "forward":
             source = Source("forward", paths[id(owner)], code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
-    text = str(error).strip().splitlines()
-    reason = f"the module cannot be traced: {type(error).__name__}: {text[0] if text else ''}"
+    text = (str(error).strip().splitlines() or [""])[0]
+    if len(text) > _LONG:
+        text = text[: text.find(". ") + 1] or text[:_LONG]
+    reason = f"the module cannot be traced: {type(error).__name__}: {text}"
     return NearMiss("capture", reason, source, step="capture")

@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from rewriter.backends.ops.rotary import rotary
 from rewriter.passes.capture import Captured
 from rewriter.passes.match.result import Axis, CoreNodes, Layout, Match, Operand
+from rewriter.passes.normalise.ops import is_inplace
 from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
 from rewriter.passes.realise.rotary import Rotation, rotations
@@ -118,7 +119,8 @@ class _Emitter:
         self.rotations = rotations(n for n in nodes if n not in children)
         for core in self.cores.values():
             if not core.weights:
-                self.without_weights |= _downstream(_weight_nodes(core.nodes), core.nodes)
+                inside = _weight_nodes(core.nodes) | _scores(core.nodes)
+                self.without_weights |= _downstream(inside, core.nodes)
         for node in nodes:
             self._emit(node, children, cache)
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -298,7 +300,22 @@ class _Emitter:
             raise EmissionError(
                 f"the graph computes on the attention weights after the core (node '{arg.name}')"
             )
-        raise EmissionError(f"node '{arg.name}' is used outside the core but belongs to it")
+        return self._again(arg)
+
+    def _again(self, node: Node) -> Any:
+        """A node of a core that something outside uses too, such as the scores, computed there.
+
+        Raises:
+            EmissionError: it is computed by writing to a tensor, which may be one of the core's.
+        """
+        if node not in self.region or is_inplace(node):
+            raise EmissionError(f"node '{node.name}' is used outside the core but belongs to it")
+        copied = self.graph.node_copy(node, self._arg)
+        copied.meta = {}
+        if node.target is torch.ops.aten.view.default:
+            copied.target = torch.ops.aten.reshape.default
+        self.new[node] = copied
+        return copied
 
 
 def _has_effect(node: Node) -> bool:
@@ -336,6 +353,16 @@ def _weight_nodes(core: CoreNodes) -> set[Node]:
                 seen.add(user)
                 stack.append(user)
     return seen
+
+
+def _scores(core: CoreNodes) -> set[Node]:
+    """Nodes inside the core that hold a number for each pair of a query and a key."""
+    weights = _weight_nodes(core)
+    return {
+        n
+        for n in core.region - {core.output.node}
+        if n not in weights and {core.query.node, core.key.node} <= _ancestors(n)
+    }
 
 
 def _downstream(weights: set[Node], core: CoreNodes) -> set[Node]:

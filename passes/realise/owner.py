@@ -102,6 +102,14 @@ def _owner_state(sites: Sequence[Mapping[str, Any]], cache: EmissionCache) -> Ow
     return OwnerState(read_back, Signature(cache.base.forward, method=True), cache)
 
 
+class UntracedError(VerificationError):
+    """A module that is not the one that was matched once it is traced alone."""
+
+    def __init__(self, site: AttentionSite, reason: str) -> None:
+        super().__init__(reason)
+        self.site = site
+
+
 class ReEmitted(InPlace):
     """Mixin of all re-emitted owners."""
 
@@ -175,7 +183,7 @@ def trace(
     """Emit the code of the owner for calls of this pattern, tracing its original class if needed.
 
     Raises:
-        VerificationError: the trace is not the site that was matched in the whole model.
+        UntracedError: the trace is not the site that was matched in the whole model.
     """
     where = f"'{state.sites[0].fqn or 'the model'}' called with {pattern.describe()}"
     key = replace(pattern, weights=())
@@ -191,7 +199,7 @@ def trace(
             ],
         )
     except EmissionError as error:
-        raise VerificationError(f"cannot re-emit {where}: {error}") from None
+        raise UntracedError(state.sites[0], f"cannot re-emit {where}: {error}") from None
     by_text = _argument_paths(pattern)
     inputs = capture_.captured.inputs
     paths = tuple(by_text[input_path(inputs[name])] for name in emission.tensors)
@@ -212,7 +220,7 @@ def _captured(
         live = original(**call)
     captured = capture(original, (), call, state.cache.book.fixed())
     if isinstance(captured, NearMiss):
-        raise VerificationError(f"cannot trace {where}: {captured.reason}")
+        raise UntracedError(state.sites[0], f"cannot trace {where}: {captured.reason}")
     found = match(captured)
     wanted = state.sites[0].slots
     if len(found.matches) != wanted:
@@ -220,14 +228,15 @@ def _captured(
         reasons = "; ".join(m.describe() for m in found.misses) or (
             f"the attention of '{inside[0]}' lies inside it" if inside else "no attention in it"
         )
-        raise VerificationError(
+        raise UntracedError(
+            state.sites[0],
             f"tracing {where} gave {len(found.matches)} attention blocks instead of "
-            f"{wanted} ({reasons})"
+            f"{wanted} ({reasons})",
         )
     for site in state.sites:
         difference = disagreement(site, found.matches[site.slot].site)
         if difference is not None:
-            raise VerificationError(f"tracing {where} gave another attention: {difference}")
+            raise UntracedError(site, f"tracing {where} gave another attention: {difference}")
     return Capture(captured, found.matches, pytree.tree_structure(opened(live)))
 
 

@@ -17,6 +17,7 @@ from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.realise.calls import Observed, map_leaves, observe
+from rewriter.passes.realise.owner import UntracedError
 
 M = TypeVar("M", bound=nn.Module)
 EXACT = "keep"
@@ -65,15 +66,29 @@ def prove_sites(
     proofs = [SiteProof(s, 0.0, unfit[s.fqn]) for s in sites]
     good = [p.site for p in proofs if p.refusal is None]
     while True:
-        identity = realise(
-            share_parameters(model), [Target(s, EXACT, {}) for s in good], examples, caches
-        )
+        try:
+            identity = realise(
+                share_parameters(model), [Target(s, EXACT, {}) for s in good], examples, caches
+            )
+        except UntracedError as error:  # and so would be all layers like it
+            like = {s.fqn for s in good if _alike(model, s, error.site)}
+            lost = {s.index for s in good if s.fqn in like}
+            proofs = [replace(p, refusal=str(error)) if p.site.index in lost else p for p in proofs]
+            good = [p.site for p in proofs if p.refusal is None]
+            continue
         compared = {p.site.index: p for p in _compare(model, identity, good, examples)}
         proofs = [compared.get(p.site.index, p) for p in proofs]
         left = [p.site for p in proofs if p.refusal is None]
         if left == good:
             return identity, proofs
         good = left
+
+
+def _alike(model: nn.Module, site: AttentionSite, other: AttentionSite) -> bool:
+    """Whether one trace serves the owners of both."""
+    kinds = {type(model.get_submodule(s.fqn)) for s in (site, other)}
+    same = bool(site.fingerprint) and site.fingerprint == other.fingerprint
+    return site.fqn == other.fqn or (same and len(kinds) == 1)
 
 
 def _unfit(sites: Sequence[AttentionSite], calls: int) -> str | None:

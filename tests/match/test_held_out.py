@@ -226,3 +226,76 @@ def test_windows_are_no_heads(merged):
     assert (site.heads.query, site.heads.key_value, site.mask.describe()) == (4, 4, "full")
     stays(model, x)
     stays(model, x, FUSED, 1e-5)
+
+
+class Strange:
+    """No tensor, no dataclass: an object that no tracer can hand on."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Opaque(OneHead):
+    def forward(self, x):
+        return Strange(super().forward(x))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.strange = nn.ModuleList(Opaque(False, False) for _ in range(2))
+        self.plain = OneHead(False, False)
+
+    def forward(self, x):
+        for layer in self.strange:
+            x = x + layer(x).x
+        return self.plain(x)
+
+
+def test_a_module_that_cannot_be_traced_alone_is_left_out():
+    x = (torch.randn(2, 16, 32),)
+    assert len(found(Mixed(), x)) == 3
+    model = rewriter.rewrite(Mixed().eval(), FUSED, x, verify="quick")
+    states = [d.status for d in rewriter.plan_of(model).decisions]
+    assert states == ["refused", "refused", "done"]
+    refused = rewriter.plan_of(model).decisions[0]
+    assert "cannot trace 'strange.0'" in refused.reason
+
+
+class Recording(nn.Module):
+    """Gives its scores away before and after they are masked; the model above drops them."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = (heads(t, 4) for t in self.qkv(x).chunk(3, -1))
+        scores = q @ k.mT / 4
+        raw = scores.clone()
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        masked, weights = scores.clone(), scores.softmax(-1)
+        return self.out(joined(weights @ v)), Halfway(raw, masked), weights
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Recording() for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def test_scores_that_are_given_away():
+    model, x = Dropping(), tokens()
+    assert [s.mask.describe() for s in found(model, x)] == ["causal"] * 2
+    stays(model, x)
+    stays(model, x, FUSED, 1e-5)
+    stays(model, x, {"rules": [{"use": "sink_window", "options": {"window": 32}}]}, 1e-5)
+    same = rewriter.rewrite(model, "identity", x, verify="quick").layers[0](*x)
+    wanted = model.layers[0](*x)
+    assert torch.equal(same[1].scores, wanted[1].scores) and torch.equal(same[2], wanted[2])
