@@ -8,10 +8,11 @@
 
 SmolLM2 is fine-tuned by cross-entropy on rows of plain text, of repeated passages and of hidden
 keys. Both students start from the *original* weights: their layers first imitate the original's
-(stage 1), then the whole student learns the fine-tuned teacher's distribution (stage 2) on the very
-rows, in the number of steps and at the rate of the teacher's own tuning. Text, repeats and keys
-that judge them are never trained on. Each part resumes where it was stopped; minutes are those of
-the processor, not of the clock.
+(stage 1), then the whole student learns the fine-tuned teacher's distribution (stage 2): the hybrid
+on the very rows, in the number of steps and at the rate of the teacher's own tuning, the all-linear
+one on shorter rows with more repeats, for half an hour of the clock. Text, repeats and keys that
+judge them are never trained on. Each part resumes where it was stopped; the minutes reported are
+those of the processor.
 """
 
 from __future__ import annotations
@@ -36,9 +37,17 @@ from rewriter.distill import PlainLines, Progress, Rows, distill, packed_corpus,
 from rewriter.evaluate import SuiteOptions, measure, without_branch
 
 LENGTH = 2048
+LENGTHS = {"linear": 1280}  # more and shorter rows: its maps need steps
+KINDS = {"linear": "ctcckctccc"}  # of ten rows: t plain, c with repeats, k with keys
+ROWS = {"linear": 200}
 JUDGED = 1024  # tokens of a row that perplexity is taken from
 KEPT = [0, 7, 14, 15, 18, 19, 20, 23]
 WHOLE = {"steps": 30, "train": "all", "body_lr": 1.5e-4}
+# Layers whose heads look back at single tokens, in the all-linear student: their far field is a
+# soft hash. The first eight are KEPT; in 17, 21, 22 and 24 heads of the original weigh the token
+# that followed the last time as well.
+HASHED = [*KEPT, 17, 21, 22, 24]
+CELLS = 512
 LOG_RATIOS = {"hybrid": -4.0, "linear": -3.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "teacher": {"logits": {**WHOLE, "accumulate": 2, "ce": 1.0}},
@@ -47,8 +56,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "logits": {**WHOLE, "ce": 0.2, "lr": 2e-3},
     },
     "linear": {
-        "layers": {"steps": 24, "lr": 3e-2},
-        "logits": {**WHOLE, "ce": 0.2, "lr": 3e-3},
+        "layers": {
+            "steps": 50,
+            "lr": 5e-2,
+            "attention": "cross_entropy",
+            "attention_weight": 4.0,
+            "attention_queries": 256,
+        },
+        "logits": {
+            "steps": 200,
+            "max_seconds": 1800,
+            "train": "all",
+            "body_lr": 2e-4,
+            "ce": 0.1,
+            "lr": 1e-2,
+        },
     },
 }
 THINGS = ("pass key", "door code", "ticket number", "locker code", "room number", "file number")
@@ -62,28 +84,33 @@ def policy_of(name: str, window: int, use: str = "hedgehog_window") -> dict[str,
     options: dict[str, Any] = {"window": window, "sinks": 4}
     if use == "hedgehog_window" and name in LOG_RATIOS:
         options["initial_log_ratio"] = LOG_RATIOS[name]
+    hashed = []
+    if use == "hedgehog_window":
+        cells = {"window": window, "sinks": 4, "initial_log_ratio": 0.0, "cells": CELLS}
+        hashed = [{"layers": HASHED, "use": use, "options": cells}]
     rules = {
         "hybrid": [{"layers": KEPT, "use": "keep"}, {"use": use, "options": options}],
-        "linear": [{"use": use, "options": options}],
+        "linear": [*hashed, {"use": use, "options": options}],
     }
     return {"rules": rules.get(name, [{"use": "keep"}])}
 
 
-def mixed_rows(stream: torch.Tensor, tokenizer: Any, count: int, seed: int = 1) -> Rows:
-    """Rows of training text: half plain, three of ten with repeats, two of ten with keys."""
+def mixed_rows(stream: torch.Tensor, tokenizer: Any, count: int, name: str, seed: int = 1) -> Rows:
+    """Rows of training text: plain, with repeats and with keys in the shares of `KINDS`."""
+    length = LENGTHS.get(name, LENGTH)
     rng = random.Random(seed)
-    plain = list(range(stream.numel() // LENGTH))
+    plain = list(range(stream.numel() // length))
     rng.shuffle(plain)
     rows: list[torch.Tensor] = []
     for index in range(count):
-        kind = "tctktctktc"[index % 10]
+        kind = KINDS.get(name, "tctktctktc")[index % 10]
         if kind == "t":
-            at = plain[index % len(plain)] * LENGTH
-            rows.append(stream[at : at + LENGTH])
+            at = plain[index % len(plain)] * length
+            rows.append(stream[at : at + length])
         elif kind == "c":
-            rows.append(repeats(stream, rng))
+            rows.append(repeats(stream, rng)[:length])
         else:
-            rows.append(torch.tensor(hidden_keys(tokenizer, rng)))
+            rows.append(torch.tensor(hidden_keys(tokenizer, rng)[:length]))
     return Rows(torch.stack(rows))
 
 
@@ -152,11 +179,12 @@ def train(name: str, options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     source = opened(options.assets, "float32")
     train_rows = packed_corpus(TEXT, source.tokenizer, JUDGED, 0.1).train
-    rows = mixed_rows(train_rows.ids.flatten(), source.tokenizer, 60)
+    rows = mixed_rows(train_rows.ids.flatten(), source.tokenizer, ROWS.get(name, 60), name)
     lines = CpuLines(out / "minutes.json")
     student = rewriter.rewrite(source.model, policy_of(name, options.window), verify="none")
+    length = LENGTHS.get(name, LENGTH)
     stages = {
-        key: {"length": LENGTH, "checkpoint_every": 10, "fit": LENGTH, key: value}
+        key: {"length": length, "checkpoint_every": 10, "fit": length, key: value}
         for key, value in CONFIGS[name].items()
     }
     if name in LOG_RATIOS:

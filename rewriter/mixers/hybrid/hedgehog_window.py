@@ -17,8 +17,8 @@ proportional to the far mass, so give c_h a larger learning rate or a higher sta
 
 With `cells` phi is one softmax over so many random directions instead (`HashMap`): a soft hash,
 for heads that look back at single tokens. Its far mass starts near r_h N / cells, so c = 0 suits
-it. A cell costs a float32 value of the head and its normaliser: as many bytes as two tokens of a
-bfloat16 cache of values, or one of keys and values.
+it. A cell is a float32 value of the head and its normaliser: the bytes of one token of a bfloat16
+cache of keys and values.
 """
 
 from __future__ import annotations
