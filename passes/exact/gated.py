@@ -17,7 +17,10 @@ from rewriter.backends.cpu import linear as generated
 from rewriter.backends.ops.regions import gated_linear
 from rewriter.ir.mlp import ChannelMap, MlpSite
 from rewriter.passes.exact import fused
+from rewriter.passes.exact.linears import FasterLinear
 from rewriter.plan import FusedModule
+
+HIDDEN = 3 * 2**23  # bytes of hidden activations at a time
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,18 @@ class GatedRegion:
 
     def run(self, owner: nn.Module, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate.read(owner), self.up.read(owner)
-        hidden = gated_linear(x, gate, up, self.activation)
-        out: torch.Tensor = owner.get_submodule(self.down)(hidden)
-        return out
+        down = owner.get_submodule(self.down)
+        width = x.shape[-1]
+        count = x.numel() // width
+        size = count * gate[0].shape[0] * x.element_size()
+        # Small tensors are kept by the allocator; for large ones it asks for fresh pages each time.
+        parts = min(-(-size // HIDDEN), count) if _by_rows(down) else 1
+        if parts <= 1:
+            out: torch.Tensor = down(gated_linear(x, gate, up, self.activation))
+            return out
+        pieces = x.reshape(count, width).tensor_split(parts)
+        done = [down(gated_linear(rows, gate, up, self.activation)) for rows in pieces]
+        return torch.cat(done).reshape(*x.shape[:-1], -1)
 
 
 def find(model: nn.Module, sites: Sequence[MlpSite]) -> list[FusedModule]:
@@ -130,6 +142,14 @@ def _unfit(owner: nn.Module, site: MlpSite) -> str | None:
     if isinstance(kernel, str):
         return kernel
     return None if kernel.tiles is not None else "this processor has no matrix tiles"
+
+
+def _by_rows(down: nn.Module) -> bool:
+    """Whether a projection is a plain one that nobody watches, so that it may run several times."""
+    kind = type(down)
+    plain = kind.forward is nn.Linear.forward or kind.__bases__[0] is FasterLinear
+    hooked = down._forward_hooks or down._forward_pre_hooks or "forward" in down.__dict__
+    return plain and not hooked
 
 
 def _plain(owner: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -203,3 +204,24 @@ def test_a_whole_model_with_the_policy_exact(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_many_rows_run_some_at_a_time(changed: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 5, 16)
+    seen: list[int] = []
+    product = gated.gated_linear
+
+    def spy(rows: Tensor, *rest: Any) -> Tensor:
+        seen.append(rows.numel() // 16)
+        return product(rows, *rest)
+
+    monkeypatch.setattr(gated, "gated_linear", spy)
+    with torch.no_grad():
+        whole = changed.silu(x)
+        monkeypatch.setattr(gated, "HIDDEN", 3 * 24 * 4)
+        torch.testing.assert_close(changed.silu(x), whole)
+        assert seen == [10, 3, 3, 2, 2]
+        handle = changed.silu.down.register_forward_hook(lambda *_: None)
+        changed.silu(x)  # somebody watches the projection: it runs once
+        handle.remove()
+    assert seen[-1] == 10
