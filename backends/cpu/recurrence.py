@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rewriter.backends.cache import VARIABLE as CACHE
+from rewriter.backends.cpu import recurrence_columns as columns
 from rewriter.backends.cpu import recurrence_forms as forms
 from rewriter.backends.cpu.build import NoKernel, Unit, load
 from rewriter.backends.cpu.recurrence_both import backward_both, forward_both, scans
@@ -91,11 +92,21 @@ def _by_steps(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
 
 def _by_chunks(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
     x = prepared(x)
-    kernel = _found(spec, x.v.dtype, forward_unit, "recurrence_forward")
     B, H, N, _ = x.q.shape
+    out = x.v.new_empty(B, H, N, spec.value_dim)
+    rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    count = columns.shares(spec, x, rows, torch.get_num_threads())
+    if count == 1:
+        return out, _run(spec, x, out)
+    return out, columns.joined(spec, _run(*columns.shared(spec, x, out, count)))
+
+
+def _run(spec: Recurrence, x: RecurrenceInputs, out: Tensor) -> Tensor:
+    """Fill `out`; returns the end state."""
+    kernel = _found(spec, x.v.dtype, forward_unit, "recurrence_forward")
+    B, _, N, _ = x.q.shape
     Hkv = x.k.shape[1]
     rows = B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    out = x.v.new_empty(B, H, N, spec.value_dim)
     end = x.v.new_empty(rows, Hkv, spec.key_dim, spec.state_width, dtype=torch.float32)
     threads = torch.get_num_threads()
     parts = _parts(spec, rows * Hkv, N, threads)
@@ -104,7 +115,7 @@ def _by_chunks(spec: Recurrence, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
         between = end.new_empty(rows * Hkv * parts, *end.shape[2:])
     call = call_of(x, out, end, rows, threads, parts)
     kernel(call.buffer_info()[0], pointer(between))
-    return out, end
+    return end
 
 
 def backward(
@@ -190,8 +201,7 @@ def _parts(spec: Recurrence, heads: int, tokens: int, threads: int) -> int:
     """Parts of the sequence, so that every thread has work; a correction runs in one."""
     if spec.correction != "none" or heads >= threads:
         return 1
-    wanted = 2 * threads if spec.causal else threads
-    return max(1, min(-(-wanted // heads), tokens // (8 * chunk_length(spec))))
+    return max(1, min(-(-threads // heads), tokens // (8 * chunk_length(spec))))
 
 
 @lru_cache(maxsize=512)

@@ -283,8 +283,27 @@ def test_a_sequence_split_over_threads_gives_the_same() -> None:
             call = call_of(spec, 1100, batch=1, kv_heads=1, state=True, strength=0.05)
             torch.set_num_threads(1)
             alone = forward(spec, call)
-            torch.set_num_threads(2)
-            for mine, theirs in zip(forward(spec, call), alone, strict=True):
+            for threads in (2, 4):
+                torch.set_num_threads(threads)
+                for mine, theirs in zip(forward(spec, call), alone, strict=True):
+                    close(mine, theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("gates", ["token", "head", "channel"])
+@pytest.mark.parametrize("correction", ["delta", "untied"])
+def test_value_columns_shared_by_threads_give_the_same(gates: str, correction: str) -> None:
+    spec = Recurrence(20, 64, decay=gates, correction=correction)  # type: ignore[arg-type]
+    call = call_of(spec, 300, batch=1, kv_heads=1, state=True, strength=0.05)
+    packed = torch.tensor([0, 300], dtype=torch.int32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = forward(spec, call)
+        torch.set_num_threads(2)
+        for cu in (None, packed):
+            for mine, theirs in zip(forward(spec, call, cu), alone, strict=True):
                 close(mine, theirs)
     finally:
         torch.set_num_threads(before)

@@ -1,75 +1,105 @@
-// Chunked forward pass. One task is one state head of one row (or of a part of it): its chunks run
-// in sequence, so a correction needs no precomputed inverse, and all query heads of the group read
-// the same state. When there are fewer heads than threads, a row is split in parts: first every
-// part's own sum, then the states at its start, then the outputs.
+// Chunked forward pass. One task is one state head of one row: its chunks run in sequence, so a
+// correction needs no precomputed inverse, and all query heads of the group read the same state.
+//
+// With fewer heads than threads a causal row is split in parts + 1 pieces, the first shorter. While
+// one thread runs the first piece, the others sum what the next pieces write; then the state at the
+// start of every piece but the first is known, and they run at once. A row that is not causal is
+// split evenly: first the sum of every piece, then the outputs.
 
-static long part_start(const Call& a, long row, long part) {
-    long chunks = (a.length(row) + CHUNK - 1) / CHUNK;
-    long t = chunks * part / a.parts * CHUNK, n = a.length(row);
+constexpr float FIRST = 0.4f;  // time of a sum over that of a run, so the length of the first piece
+
+static long piece_start(const Call& a, long row, long piece, long pieces) {
+    const long chunks = (a.length(row) + CHUNK - 1) / CHUNK, n = a.length(row);
+    const float before = CAUSAL && piece ? piece - 1 + FIRST : piece;
+    const float all = CAUSAL ? pieces - 1 + FIRST : pieces;
+    const long t = piece == pieces ? n : (long)(chunks * (before / all)) * CHUNK;
     return t < n ? t : n;
 }
 
 // What is left, per key channel, of a state over tokens [from, to).
 static void kept(const Call& a, long row, long head, long from, long to, float* left) {
     const long b = a.batch(row), at = a.first(row);
-    for (int d = 0; d < DK; ++d) left[d] = 1.0f;
-    if (DECAY == NONE) return;
-    for (int d = 0; d < (DECAY == CHANNEL ? DK : 1); ++d) {
-        double sum = 0;
+    constexpr int width = DECAY == CHANNEL ? DK : 1;
+    double sum[width] = {};
+    if constexpr (DECAY != NONE)
         for (long t = from; t < to; ++t) {
-            float g = DECAY == HEAD ? a.decay.p[head] : a.decay.at(b, head, at + t)[d];
-            sum += g < FLOOR ? FLOOR : g;
+            const float* g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at + t);
+            for (int d = 0; d < width; ++d) sum[d] += g[d] < FLOOR ? FLOOR : g[d];
         }
-        float x = exp_neg(splat((float)sum))[0];
-        for (int e = DECAY == CHANNEL ? d : 0; e < (DECAY == CHANNEL ? d + 1 : DK); ++e) left[e] = x;
-    }
+    for (int d = 0; d < DK; ++d)
+        left[d] = exp_neg(splat((float)sum[DECAY == CHANNEL ? d : 0]))[0];
+}
+
+static void split_forward(const Call& a, float* between) {
+    const long heads = a.rows * a.Hkv, size = (long)DK * W, tasks = a.parts, pieces = tasks + 1;
+    float* left = (float*)malloc(sizeof(float) * heads * pieces * DK);
+    parallel<Scratch>(a, heads * tasks, 0, [&](Scratch& s, long i) {
+        const long each = i / tasks, piece = i % tasks, row = each / a.Hkv, head = each % a.Hkv;
+        const long from = piece_start(a, row, piece, pieces);
+        const long to = piece_start(a, row, piece + 1, pieces);
+        fresh(s);
+        if (piece == 0) {
+            take_state(s, a.start ? a.start + each * size : nullptr);
+            run_tokens<true, true>(s, a, row, head, from, to);
+        } else {
+            take_state(s, nullptr);
+            run_tokens<false, true>(s, a, row, head, from, to);
+            kept(a, row, head, from, to, left + (each * pieces + piece) * DK);
+        }
+        give_state(s, between + i * size);
+    });
+    parallel<Scratch>(a, heads * tasks, sizeof(float) * size, [&](Scratch& s, long i) {
+        const long each = i / tasks, piece = i % tasks + 1, row = each / a.Hkv, head = each % a.Hkv;
+        float* state = (float*)(&s + 1);
+        memcpy(state, between + each * tasks * size, sizeof(float) * size);
+        for (long p = 1; p < piece; ++p)
+            for (long e = 0; e < size; ++e)
+                state[e] = state[e] * left[(each * pieces + p) * DK + e / W] +
+                           between[(each * tasks + p) * size + e];
+        fresh(s);
+        take_state(s, state);
+        run_tokens<true, true>(s, a, row, head, piece_start(a, row, piece, pieces),
+                               piece_start(a, row, piece + 1, pieces));
+        if (piece == tasks) give_state(s, a.end + each * size);
+    });
+    free(left);
 }
 
 extern "C" __attribute__((visibility("default"))) void recurrence_forward(const Call* call,
                                                                           float* between) {
     const Call& a = *call;
     const long heads = a.rows * a.Hkv, size = (long)DK * W;
-    const bool split = a.parts > 1;
-    auto start = [&](long i) { return a.start ? a.start + i * size : nullptr; };
-    if (!split && CAUSAL) {
+    if constexpr (CAUSAL) {
+        if (a.parts > 1) return split_forward(a, between);
         parallel<Scratch>(a, heads, 0, [&](Scratch& s, long i) {
             fresh(s);
-            take_state(s, start(i));
+            take_state(s, a.start ? a.start + i * size : nullptr);
             run_tokens<true, true>(s, a, i / a.Hkv, i % a.Hkv, 0, a.length(i / a.Hkv));
             give_state(s, a.end + i * size);
         });
-        return;
-    }
-    // The sum of each part on its own; `between` holds parts states a head.
-    parallel<Scratch>(a, heads * a.parts, 0, [&](Scratch& s, long i) {
-        const long head = i / a.parts, part = i % a.parts, row = head / a.Hkv;
-        fresh(s);
-        take_state(s, nullptr);
-        run_tokens<false, true>(s, a, row, head % a.Hkv, part_start(a, row, part),
-                                part_start(a, row, part + 1));
-        give_state(s, between + i * size);
-    });
-    parallel<Scratch>(a, heads, 0, [&](Scratch&, long i) {
-        float left[DK];
-        float* end = a.end + i * size;
-        const float* first = start(i);
-        for (long e = 0; e < size; ++e) end[e] = first ? first[e] : 0.0f;
-        for (long part = 0; part < a.parts; ++part) {
-            const long row = i / a.Hkv;
-            kept(a, row, i % a.Hkv, part_start(a, row, part), part_start(a, row, part + 1), left);
-            float* own = between + (i * a.parts + part) * size;
+    } else {
+        auto pass = [&](auto body) {
+            parallel<Scratch>(a, heads * a.parts, 0, [&](Scratch& s, long i) {
+                const long each = i / a.parts, piece = i % a.parts, row = each / a.Hkv;
+                fresh(s);
+                body(s, i, each, row, piece_start(a, row, piece, a.parts),
+                     piece_start(a, row, piece + 1, a.parts));
+            });
+        };
+        pass([&](Scratch& s, long i, long each, long row, long from, long to) {
+            take_state(s, nullptr);
+            run_tokens<false, true>(s, a, row, each % a.Hkv, from, to);
+            give_state(s, between + i * size);
+        });
+        for (long each = 0; each < heads; ++each)
             for (long e = 0; e < size; ++e) {
-                float sum = own[e];
-                own[e] = end[e];
-                end[e] = end[e] * left[e / W] + sum;
+                float sum = a.start ? a.start[each * size + e] : 0.0f;
+                for (long p = 0; p < a.parts; ++p) sum += between[(each * a.parts + p) * size + e];
+                a.end[each * size + e] = sum;
             }
-        }
-    });
-    parallel<Scratch>(a, heads * a.parts, 0, [&](Scratch& s, long i) {
-        const long head = i / a.parts, part = i % a.parts, row = head / a.Hkv;
-        fresh(s);
-        take_state(s, CAUSAL ? between + i * size : a.end + head * size);
-        run_tokens<true, CAUSAL>(s, a, row, head % a.Hkv, part_start(a, row, part),
-                                 part_start(a, row, part + 1));
-    });
+        pass([&](Scratch& s, long, long each, long row, long from, long to) {
+            take_state(s, a.end + each * size);
+            run_tokens<true, false>(s, a, row, each % a.Hkv, from, to);
+        });
+    }
 }
