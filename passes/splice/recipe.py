@@ -139,6 +139,9 @@ def _unfit(site: AttentionSite, nodes: CoreNodes) -> str | None:
         return "the attention weights are used outside of the core"
     if site.dropout and _drops(site, nodes):
         return "dropout on the attention weights is active"
+    layouts = (nodes.query.layout, nodes.key.layout, nodes.value.layout, nodes.output.layout)
+    if any("window" in dim for layout in layouts for dim in layout.dims):
+        return "the windows of an image have a dimension of their own"
     operands = [_tensor(o.node) for o in (nodes.query, nodes.key, nodes.value)]
     if len({t.dtype for t in operands}) > 1:
         return "queries, keys and values differ in dtype"

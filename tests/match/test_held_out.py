@@ -299,3 +299,10 @@ def test_scores_that_are_given_away():
     same = rewriter.rewrite(model, "identity", x, verify="quick").layers[0](*x)
     wanted = model.layers[0](*x)
     assert torch.equal(same[1].scores, wanted[1].scores) and torch.equal(same[2], wanted[2])
+
+
+def test_windows_in_a_compiled_graph_stay():
+    model, x = Apart(False).eval(), torch.randn(2, 32, 8, 8)
+    compiled = torch.compile(model, backend="rewriter", options={"inner": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-6, rtol=0)
