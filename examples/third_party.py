@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 import traceback
@@ -83,7 +84,7 @@ def run(case: Case, installed: str) -> Row:
             if case.language:
                 row.window = _rewritten(model, WINDOW, inputs, None)
     except Exception:
-        row.crash = "".join(traceback.format_exc(limit=-4))
+        row.crash = traceback.format_exc().strip().splitlines()[-1]
     row.seconds = round(time.perf_counter() - begun, 1)
     return row
 
@@ -150,7 +151,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "it leaves out what is not installed). *Ran* is the number of attention softmaxes counted",
         "while the model runs; *exact* is the rewrite on generated kernels, held to 1e-5 of the",
         "largest output; *window* is a sliding window in every block of a causal language model.",
-        "`-` was not asked for, `refused` gives a sentence. A row is as it was last run, and may be",
+        "`-` was not asked for, `refused` gives a sentence. A row is as it was last run; it may be",
         "older than the newest rules of the matcher.",
         "",
         f"{', '.join(packages)}.",
@@ -180,6 +181,12 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     out += ["", "## Softmaxes that are not rewritten, and why", "", *refused]
     return "\n".join([*out, "", "## Rewrites that were refused", "", *sentences]) + "\n"
+
+
+def _without_places(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without the places of files on this machine."""
+    place = re.compile(r"\s*\((?:/|unknown source)[^()]*\)")
+    return json.loads(place.sub("", json.dumps(row)))
 
 
 def _short(said: str) -> str:
@@ -214,7 +221,7 @@ def main() -> None:
             sys.stdout.write(f"{case.name}: NOT BUILT {traceback.format_exc(limit=-2)}\n")
             continue
         rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        rows[case.name] = asdict(row)
+        rows[case.name] = _without_places(asdict(row))
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         sys.stdout.write(
             f"{case.name}: {row.found} of {row.expected}, {row.facts}, refused {row.refused}, "

@@ -146,7 +146,7 @@ PROBABILITIES = table(
         "rectified": lambda p, w, q, s: w.of(torch.relu(w.data - 0.1)),
         "maximum_divided": lambda p, w, q, s: w.of(w.data / w.data.amax(_keys(w), keepdim=True)),
         "averaged_heads": lambda p, w, q, s: w.of(
-            w.data.mean(_heads(w), keepdim=True).expand_as(w.data)
+            w.data.mean(_heads(w), keepdim=True).expand_as(w.data).clone()
         ),
         "times_scores": lambda p, w, q, s: w.of(w.data * s.data.clamp(-50, 50)),
         "normalised_by_entropy": lambda p, w, q, s: w.of(
@@ -228,7 +228,7 @@ RAW_SCORES = table(
         "rounded": lambda p, s, q: s.of(s.data.round()),
         "clamped": lambda p, s, q: s.of(s.data.clamp(-0.5, 0.5)),
         "averaged_heads": lambda p, s, q: s.of(
-            s.data.mean(_heads(s), keepdim=True).expand_as(s.data)
+            s.data.mean(_heads(s), keepdim=True).expand_as(s.data).clone()
         ),
         "softmax": lambda p, s, q: s.of(s.data.softmax(_keys(s)) * 4),
         "logarithm": lambda p, s, q: s.of((s.data.abs() + 1).log()),
