@@ -20,6 +20,7 @@ Pass = Literal["forward", "backward"]
 Packing = Literal["rows", "pairs", "tiles"]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 PANELS = 4  # panels of query rows that share the keys of a round
+SPLIT_PANELS = 8  # the same where a float32 number is three of bfloat16: fewer turns of the keys
 KEYS = 64  # keys of a round on vectors
 TILE_KEYS = {torch.float32: 64, torch.bfloat16: 128}  # on tile registers
 WIDEST = 512  # a head beyond it would not fit the caches the kernels are laid out for
@@ -63,7 +64,8 @@ def kernel_of(
     if isinstance(printed, str):
         return printed
     panel = 2 * target.lanes
-    rows = (PANELS if name == "forward" or widest <= 128 else 2) * panel
+    panels = SPLIT_PANELS if split and widest <= 128 else PANELS
+    rows = (panels if name == "forward" or widest <= 128 else 2) * panel
     if spec.block:
         rows = min(rows, -(-spec.block // panel) * panel)
     packing = "tiles" if split else _packing(spec, dtype, target, name)
