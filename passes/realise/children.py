@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
@@ -69,4 +70,17 @@ def _single(path: str, nodes: list[Node], captured: Captured) -> ChildCall | Non
         return None
     if not isinstance(outputs[0].meta.get("val"), torch.Tensor):
         return None
+    if not _takes_one(path, captured):
+        return None
     return ChildCall(path, inputs[0], outputs[0])
+
+
+def _takes_one(path: str, captured: Captured) -> bool:
+    """Whether the child can be called with one argument: it may need numbers beside the tensor."""
+    if captured.module is None:
+        return True
+    try:
+        inspect.signature(captured.module.get_submodule(path).forward).bind(None)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True

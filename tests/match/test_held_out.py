@@ -306,3 +306,27 @@ def test_windows_in_a_compiled_graph_stay():
     compiled = torch.compile(model, backend="rewriter", options={"inner": "eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), atol=1e-6, rtol=0)
+
+
+class Sized(nn.Linear):
+    def forward(self, x, *, size):
+        return super().forward(x) * size
+
+
+class Asking(nn.Module):
+    """The query's projection needs a number beside the tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.out = Sized(64, 64), nn.Linear(64, 128), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, (k, v) = self.q(x, size=2), self.kv(x).chunk(2, -1)
+        q, k, v = (heads(t, 4) for t in (q, k, v))
+        return self.out(joined((q @ k.mT / 4).softmax(-1) @ v))
+
+
+def test_children_that_need_more_than_a_tensor():
+    model = Asking()
+    assert len(found(model, tokens())) == 1
+    stays(model, tokens())
