@@ -107,6 +107,8 @@ def _dropout(region: Region) -> float:
 
 def _part(origin: Origin, item: Map, down: Map) -> Part | None:
     """Which output channels of `item` enter `down`; None if rows do not stay in order."""
+    if origin.index.is_floating_point():  # an operation computed with the places themselves
+        return None
     shape = _shape(item.node)
     source = _rows_and_channels(torch.arange(math.prod(shape)).reshape(shape), item.channel)
     entering = _rows_and_channels(origin.index, down.inner)
