@@ -4,12 +4,15 @@
 
 SmolLM2, batch 1, greedy. The context is filled with random tokens, the same for every
 model; then rounds of `generate` continue from the filled caches, the models in turn, and the
-median time between two tokens is taken. Prints whether all exact models chose the same tokens.
+median time between two tokens is taken. Prints whether all exact models chose the same tokens;
+in bfloat16, where near ties fall either way, also how far the logits of each are from those of the
+same weights in float32, on the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +59,30 @@ class Clock:
 def fill(model: nn.Module, tokens: torch.Tensor, cache: Any) -> None:
     """Put all but the last token into the cache."""
     model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def distances(models: dict[str, nn.Module], tokens: torch.Tensor, steps: int) -> dict[str, str]:
+    """How far each model decodes from the first one's weights in float32, on given tokens.
+
+    Args:
+        tokens: (1, T) int64; the last `steps` of them are fed one by one.
+    """
+    exact = copy.deepcopy(next(iter(models.values()))).float()
+    logits: dict[str, torch.Tensor] = {}
+    for name, model in {"float32": exact, **models}.items():
+        cache = new_cache(model)
+        fill(model, tokens[:, :-steps], cache)
+        each = [
+            model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            for i in range(tokens.shape[1] - steps - 1, tokens.shape[1])
+        ]
+        logits[name] = torch.cat(each, dim=1)[0].float()
+    wanted = logits.pop("float32")
+    return {
+        name: f"{float((got - wanted).square().mean().sqrt()):.4f} from float32, "
+        f"{int((got.argmax(-1) == wanted.argmax(-1)).sum())} of {steps + 1} tokens its choice"
+        for name, got in logits.items()
+    }
 
 
 def main() -> None:
@@ -106,6 +133,10 @@ def main() -> None:
                 rates[name].append(1 / median(taken[name]))
             exact = [sequence[n] for n in models if n.startswith(("original", "exact"))]
             equal.append(all(torch.equal(exact[0], other) for other in exact))
+        apart: dict[str, str] = {}
+        if options.dtype == "bfloat16":
+            chosen = sequence["original (SDPA)"][:, -contexts[0] - 32 :]
+            apart = distances(models, chosen, 32)
     columns = [Column(f"{n:,}", justify="right") for n in contexts]
     table = Table(Column("decoding, tokens/s (ratio)", no_wrap=True), *columns)
     first = rates["original (SDPA)"]
@@ -118,6 +149,8 @@ def main() -> None:
     for name, model in models.items():
         if name != "original (SDPA)":
             console.print(f"{name} decodes {decoding_of(model)}")
+    for name, text in apart.items():
+        console.print(f"logits of {name}: {text}")
 
 
 if __name__ == "__main__":
