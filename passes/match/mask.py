@@ -237,11 +237,16 @@ def _nearby(constants: Iterable[int]) -> Iterator[int]:
 
 
 def lengths_to_probe(constants: Iterable[int], largest: int) -> tuple[int, ...]:
-    """Two generic lengths and those at which a size among `constants` would show."""
+    """Two generic lengths and those at which a size among `constants` would show.
+
+    One more is behind the largest product of two of them: blocks of blocks repeat there.
+    """
+    sizes = {c for c in constants if 0 < c <= largest}
     out = {11, 26}
-    for c in constants:
-        if c <= largest:
-            out |= {max(c - 1, 2), c, c + 1, c + 2, 2 * c + 3}
+    for c in sizes:
+        out |= {max(c - 1, 2), c, c + 1, c + 2, 2 * c + 3}
+    behind = (a * b + max(a, b) + 2 for a in sizes for b in sizes if min(a, b) > 1)
+    out |= {max((n for n in behind if n <= largest), default=11)}
     return tuple(sorted(out))
 
 

@@ -120,3 +120,9 @@ def test_relative_dense_and_absent_biases(seen):
 
 def test_full_is_the_empty_mask():
     assert fit([evaluated("full", 1, 11)]) == Mask()
+
+
+def test_one_length_reaches_behind_blocks_of_blocks() -> None:
+    assert max(lengths_to_probe([6], 300)) > 6 * 6 + 6
+    assert max(lengths_to_probe([4, 9], 300)) > 9 * 9 + 9
+    assert max(lengths_to_probe([140], 300)) == 2 * 140 + 3
