@@ -15,9 +15,11 @@ import os
 import subprocess
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rewriter.backends.cache import VARIABLE, cache_directory, temporary_directory
 from rewriter.backends.cpu.compiler import Compiler as Compiler
@@ -47,6 +49,21 @@ class Unit:
 def load(unit: Unit) -> ctypes.CDLL | NoKernel:
     """The compiled unit; from the cache if it is there."""
     return _load(unit, os.environ.get(VARIABLE), os.environ.get("CXX"))
+
+
+def function(unit: Unit | str, name: str, argument: Any) -> Callable[[Any], None] | str:
+    """A function of a unit that takes one argument, of a ctypes type, or why there is none.
+
+    Args:
+        unit: the unit, or why there is none.
+    """
+    library = NoKernel(unit) if isinstance(unit, str) else load(unit)
+    if isinstance(library, NoKernel):
+        return library.reason
+    run = library[name]
+    run.argtypes, run.restype = [argument], None
+    found: Callable[[Any], None] = run
+    return found
 
 
 @lru_cache(maxsize=1024)

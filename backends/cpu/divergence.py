@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rewriter.backends.cpu.build import NoKernel, Unit, load
+from rewriter.backends.cpu.build import Unit, function
 from rewriter.backends.cpu.source import assemble
 from rewriter.backends.cpu.target import Target, host_target
 from rewriter.errors import UnsupportedError
@@ -62,15 +63,9 @@ def unit_of(dtype: torch.dtype, target: Target) -> Unit | str:
 
 
 @lru_cache(maxsize=16)
-def find(dtype: torch.dtype) -> ctypes._NamedFuncPointer | str:
+def find(dtype: torch.dtype) -> Callable[[ctypes.c_void_p], None] | str:
     """The compiled kernel of a dtype on this machine, or why there is none."""
     target = host_target()
     if isinstance(target, str):
         return target
-    unit = unit_of(dtype, target)
-    library = NoKernel(unit) if isinstance(unit, str) else load(unit)
-    if isinstance(library, NoKernel):
-        return library.reason
-    run = library.divergence
-    run.argtypes, run.restype = [ctypes.c_void_p], None
-    return run
+    return function(unit_of(dtype, target), "divergence", ctypes.c_void_p)

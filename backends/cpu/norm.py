@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rewriter.backends.cpu.build import NoKernel, Unit, load
+from rewriter.backends.cpu.build import Unit, function
 from rewriter.backends.cpu.source import assemble
 from rewriter.backends.cpu.target import Target, host_target
 from rewriter.errors import UnsupportedError
@@ -84,14 +84,7 @@ def find(dtype: torch.dtype) -> Callable[[bytes], None] | str:
 
 @lru_cache(maxsize=16)
 def _find(dtype: torch.dtype, target: Target) -> Callable[[bytes], None] | str:
-    unit = unit_of(dtype, target)
-    library = NoKernel(unit) if isinstance(unit, str) else load(unit)
-    if isinstance(library, NoKernel):
-        return library.reason
-    run = library.norm
-    run.argtypes, run.restype = [ctypes.c_char_p], None
-    found: Callable[[bytes], None] = run
-    return found
+    return function(unit_of(dtype, target), "norm", ctypes.c_char_p)
 
 
 def source_of(dtype: torch.dtype) -> str:

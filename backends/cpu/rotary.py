@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rewriter.backends.cpu.build import NoKernel, Unit, load
+from rewriter.backends.cpu.build import Unit, function
 from rewriter.backends.cpu.source import assemble
 from rewriter.backends.cpu.target import Target, host_target
 from rewriter.errors import UnsupportedError
@@ -70,14 +70,7 @@ def find(dtype: torch.dtype) -> Callable[[int], None] | str:
 
 @lru_cache(maxsize=16)
 def _find(dtype: torch.dtype, target: Target) -> Callable[[int], None] | str:
-    unit = unit_of(dtype, target)
-    library = NoKernel(unit) if isinstance(unit, str) else load(unit)
-    if isinstance(library, NoKernel):
-        return library.reason
-    run = library.rotary
-    run.argtypes, run.restype = [ctypes.c_void_p], None
-    found: Callable[[int], None] = run
-    return found
+    return function(unit_of(dtype, target), "rotary", ctypes.c_void_p)
 
 
 def source_of(dtype: torch.dtype) -> str:
