@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,6 +30,10 @@ class Probe:
     sizes: Mapping[sympy.Symbol, int]
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     positions: torch.Tensor | None = None
+
+
+_MOST_BYTES = 3 << 29
+"""Of one value in a probe, 1.5 GiB: 5,000 by 5,000 scores of twelve heads in float32."""
 
 
 class ProbeError(Exception):
@@ -98,7 +103,19 @@ def _evaluate(node: fx.Node, env: Mapping[fx.Node, Any], probe: Probe, view: Vie
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
+    if (needed := _broadcast_bytes(args)) > _MOST_BYTES:
+        raise ProbeError(f"'{node.name}' would hold {needed >> 20} MiB at these sizes")
     return cast(Any, node.target)(*args, **kwargs)
+
+
+def _broadcast_bytes(args: Sequence[Any]) -> int:
+    """What an elementwise operator on these would fill; 0 if they do not broadcast."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    except RuntimeError:
+        return 0
+    return math.prod(shape) * max((t.element_size() for t in tensors), default=0)
 
 
 def _placeholder(node: fx.Node, probe: Probe, view: View) -> torch.Tensor:

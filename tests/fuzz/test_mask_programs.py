@@ -31,6 +31,9 @@ from rewriter.passes.fuzz.spec import Spec
 from rewriter.passes.fuzz.trace import Tracer
 from rewriter.passes.match import match
 from rewriter.passes.match.mask import Evaluated, fit
+from rewriter.passes.match.probe import Probe, ProbeError, run
+from rewriter.passes.match.slices import slice_of
+from rewriter.passes.match.view import View
 
 DAILY_SEED, NIGHTLY_SEED = 3, 4
 
@@ -168,3 +171,14 @@ def test_a_window_that_only_a_kept_table_knows(tracer):
 def test_products_that_are_no_masks(tracer, spelling):
     result = match(tracer.capture(Masked(spelling), (torch.randn(2, 12, 8),)))
     assert not [m for m in result.matches if m.site.mask.opaque is None]
+
+
+def test_a_probe_too_large_to_hold_is_refused_before_it_is_computed(tracer: Tracer) -> None:
+    """A product of this mask's constants asks for 21,000 tokens: 7 GB for one comparison."""
+    predicate = predicates(47, 8)[46]
+    view = View(tracer.capture(Program(predicate), arguments(predicate)))
+    unequal = next(n for n in view.graph.nodes if str(n.target) == "aten.eq.Scalar")
+    part = slice_of(unequal, view)
+    (documents,) = part.inputs
+    with pytest.raises(ProbeError, match="would hold 6729 MiB"):
+        run(part, Probe({}, {documents.name: torch.zeros(2, 21_000, dtype=torch.int64)}), view)
