@@ -218,7 +218,7 @@ class _Evaluation(Structure):
             if isinstance(found, str):
                 return found
             verdicts |= found
-        return True in verdicts if len(verdicts) == 1 else "padding hides keys only on one side"
+        return True in verdicts if len(verdicts) < 2 else "padding hides keys only on one side"
 
     def _padded_lengths(self, mask: Mask) -> Sequence[int]:
         """Lengths at which atoms that count from the first position would show a shift, and one
@@ -258,12 +258,12 @@ class _Evaluation(Structure):
             alive = wanted.any(-1, keepdim=True)
             if queries == keys:
                 alive = alive & (seen.any(-1, keepdim=True) | valid[:, None, :, None])
-            if torch.equal(seen & alive, wanted & alive):
-                verdicts.add(True)
-            elif torch.equal(seen, mask.dense(rows, columns).expand(shape)):
-                verdicts.add(False)
-            else:
+            hides = torch.equal(seen & alive, wanted & alive)
+            idle = torch.equal(seen, mask.dense(rows, columns).expand(shape))
+            if not hides and not idle:
                 return "padding does more than hide padded keys"
+            if hides != idle:  # both: no valid token could see a padded one anyway
+                verdicts.add(hides)
         return verdicts
 
     def _loose_padding(self, mask: Mask) -> bool | str:

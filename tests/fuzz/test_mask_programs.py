@@ -16,6 +16,7 @@ from rewriter.passes.fuzz.mask_conditions import (
     dilated,
     given_prefix,
     local,
+    window,
 )
 from rewriter.passes.fuzz.mask_programs import (
     Predicate,
@@ -182,3 +183,10 @@ def test_a_probe_too_large_to_hold_is_refused_before_it_is_computed(tracer: Trac
     (documents,) = part.inputs
     with pytest.raises(ProbeError, match="would hold 6729 MiB"):
         run(part, Probe({}, {documents.name: torch.zeros(2, 21_000, dtype=torch.int64)}), view)
+
+
+def test_an_input_that_hides_nothing_is_not_called_padding(tracer: Tracer) -> None:
+    """Every token sees itself alone: no valid one could see a padded one, whatever the input."""
+    parts = tuple(("and", c, 0) for c in (causal(), dilated(2), given_prefix(), window(2)))
+    verdict = judge(Predicate(parts, "sdpa"), tracer.capture)
+    assert verdict == Verdict("right", "causal & window(1)")
