@@ -138,7 +138,11 @@ def _for_pairs(model: Any, vocabulary: int, main: str, parameters: frozenset[str
 
 
 def _parameters(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)
+    """Names that a call may use; some models hand `use_cache` on without naming it."""
+    parameters = inspect.signature(model.forward).parameters
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    cached = "past_key_values" in parameters and hasattr(getattr(model, "config", None), "use_cache")
+    return frozenset({*parameters, *(["use_cache"] if hands_on and cached else [])})
 
 
 def _for_tokens(model: nn.Module, vocabulary: int, parameters: frozenset[str]) -> Examples:

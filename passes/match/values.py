@@ -46,25 +46,29 @@ def values(
     kept = Labelled(softmax, labels)
     ends: list[tuple[fx.Node, fx.Node, Labels, float]] = []
     strangers: list[fx.Node] = []
-    stack: list[tuple[fx.Node, Labels, float]] = [(softmax, labels, 0.0)]
+    before_slice: list[fx.Node] = []  # users of probabilities that still hold the sink's column
+    stack: list[tuple[fx.Node, Labels, float, bool]] = [(softmax, labels, 0.0, sink is not None)]
     while stack:
-        node, here, dropped = stack.pop()
+        node, here, dropped, with_sink = stack.pop()
         for user in node.users:
             if view.is_product(user):
                 ends.append((user, node, here, dropped))
                 continue
             if op(user) in _DROPOUTS:
-                stack.append((user, here, float(arguments(user)["p"])))
+                stack.append((user, here, float(arguments(user)["p"]), with_sink))
                 continue
             idle = is_cast(user) or op(user) in _OF_HIDDEN_ROWS
             after = here if idle else forward(user, here, axes, view.sizes)
-            if after is None and sink is not None:
+            holds = with_sink
+            if after is None and sink is not None and with_sink:
                 after = without_sink(user, here, sink, view, axes)
-                kept = kept if after is None else Labelled(user, after)
-            if after is None:
-                strangers.append(user)
+                if after is not None:
+                    kept, holds = Labelled(user, after), False
+            if after is not None:
+                stack.append((user, after, dropped, holds))
             else:
-                stack.append((user, after, dropped))
+                strangers.append(user)
+                before_slice += [user] if with_sink else []
     if not ends:
         return _no_end(softmax, strangers)
     if len(ends) > 1:
@@ -76,8 +80,9 @@ def values(
     value, output = product
     if _depends(value.node, softmax, view):
         return Refusal("the values depend on the probabilities", value.node)
-    if strangers and sink is not None:
-        return Refusal("something besides the values uses probabilities with a sink", strangers[0])
+    if before_slice:
+        reason = "something besides the values uses probabilities with a sink"
+        return Refusal(reason, before_slice[0])
     return Values(value, output, dropped, kept if strangers else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -145,23 +146,36 @@ class Observed:
     output: Any
 
 
-def observe(model: nn.Module, owners: Sequence[str], call: Call) -> dict[str, list[Observed]]:
-    """Run the model and note every call of the owner modules, by path."""
-    seen: dict[str, list[Observed]] = {fqn: [] for fqn in owners}
+def own_caches(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The same call with copies of its caches, which a call changes."""
+    if not any(isinstance(x, Cache) for _, x in walk(dict(named))):
+        return dict(named)
+    return map_leaves(named, lambda _, x: copy.deepcopy(x) if isinstance(x, Cache) else x)
 
-    def hook_for(fqn: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            named = Signature(module.forward).bind(args, kwargs)
-            seen[fqn].append(Observed(named, output))
+
+def observe(model: nn.Module, owners: Sequence[str], call: Call) -> dict[str, list[Observed]]:
+    """Run the model and note every call of the owner modules, by path, as it began."""
+    seen: dict[str, list[Observed]] = {fqn: [] for fqn in owners}
+    begun: dict[str, list[dict[str, Any]]] = {fqn: [] for fqn in owners}
+
+    def before(fqn: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            begun[fqn].append(own_caches(Signature(module.forward).bind(args, kwargs)))
+
+        return hook
+
+    def after(fqn: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[fqn].append(Observed(begun[fqn].pop(), output))
 
         return hook
 
     with ExitStack() as stack, torch.no_grad():
         for fqn in owners:
             module = model.get_submodule(fqn)
-            stack.enter_context(
-                removing(module.register_forward_hook(hook_for(fqn), with_kwargs=True))
-            )
+            early = module.register_forward_pre_hook(before(fqn), with_kwargs=True)
+            stack.enter_context(removing(early))
+            stack.enter_context(removing(module.register_forward_hook(after(fqn))))
         model(*call.args, **call.kwargs)
     return seen
 

@@ -16,7 +16,7 @@ from rewriter.passes.compare import first_tensor, max_difference, tensors_of
 from rewriter.passes.examples import Examples
 from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
-from rewriter.passes.realise.calls import Observed, map_leaves, observe
+from rewriter.passes.realise.calls import Observed, map_leaves, observe, own_caches
 from rewriter.passes.realise.owner import UntracedError
 
 M = TypeVar("M", bound=nn.Module)
@@ -151,8 +151,8 @@ def _line(error: BaseException) -> str:
 
 def _difference(ours: nn.Module, theirs: nn.Module, named: Mapping[str, Any]) -> float:
     with torch.no_grad():
-        expected = tensors_of(theirs(**named))
-        got = tensors_of(ours(**named))
+        expected = tensors_of(theirs(**own_caches(named)))
+        got = tensors_of(ours(**own_caches(named)))
     worst = 0.0
     for a, b in zip(got, expected, strict=True):
         scale = max(float(b.float().abs().max()), 1e-6) if b.numel() else 1.0
