@@ -75,9 +75,7 @@ def find(model: nn.Module, sites: Sequence[MlpSite]) -> list[FusedModule]:
     """Every gated MLP block of a model, with what will be done about it and why."""
     known: dict[Any, FusedModule] = {}
     out = []
-    for site in sites:
-        if site.gate is None:
-            continue
+    for site in {s.fqn: s for s in sites if s.gate is not None}.values():  # runs share an owner
         owner = model.get_submodule(site.fqn)
         key = (type(owner), site.core_hash(), next(owner.parameters()).dtype, _plain(owner))
         if key not in known:

@@ -225,3 +225,17 @@ def test_many_rows_run_some_at_a_time(changed: Blocks, monkeypatch: pytest.Monke
         changed.silu(x)  # somebody watches the projection: it runs once
         handle.remove()
     assert seen[-1] == 10
+
+
+class Looped(Blocks):
+    """All of it twice, with the same weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+def test_a_block_that_runs_twice_is_one_region() -> None:
+    torch.manual_seed(0)
+    model = Looped().eval()
+    names = [layer.fqn for layer in found_in(model)]
+    assert len(names) == len(set(names))
