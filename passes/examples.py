@@ -141,7 +141,8 @@ def _parameters(model: nn.Module) -> frozenset[str]:
     """Names that a call may use; some models hand `use_cache` on without naming it."""
     parameters = inspect.signature(model.forward).parameters
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    cached = "past_key_values" in parameters and hasattr(getattr(model, "config", None), "use_cache")
+    config = getattr(model, "config", None)
+    cached = "past_key_values" in parameters and hasattr(config, "use_cache")
     return frozenset({*parameters, *(["use_cache"] if hands_on and cached else [])})
 
 
