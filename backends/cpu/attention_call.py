@@ -35,6 +35,11 @@ class Call:
         rows = self.plan.starts.shape[1] - 1
         self.tasks = rows * -(-block_q // kernel.rows)
         self.marks, self.slots = None, 0
+        self.packing = kernel.packing
+        self.ready: tuple[_Rows, _Rows]
+        if kernel.packing == "gradient tiles":
+            self.slots, self.ready = _gradient_tiles(self.k, self.v, self.threads)
+            return
         if kernel.packing == "tiles":
             self.marks = torch.empty((*x.k.shape[:2], -(-N // 32)), dtype=torch.uint8)
             self.slots = _slots(self.k, self.v, self.threads, self.tasks)
@@ -83,11 +88,13 @@ class GradBuffers:
         # Gradients of one key come from many rows: each slice of the rows has sums of its own.
         units = B * Hkv
         self.slices = 1 if units % call.threads == 0 else -(-2 * call.threads // units)
-        self.direct = self.slices == 1 and x.v.dtype == floats
-        shape = (B, Hkv, self.slices, N)
+        unit = 32 if call.packing == "gradient tiles" else 1  # sums of whole tiles
+        sizes = [(_round_up(N, unit), _round_up(g.shape[-1], unit)) for g in (self.dk, self.dv)]
+        fits = all(g.shape[2:] == size for g, size in zip((self.dk, self.dv), sizes, strict=True))
+        self.direct = self.slices == 1 and x.v.dtype == floats and fits
         self.sums = tuple(
-            g if self.direct else torch.empty((*shape, g.shape[-1]), dtype=floats)
-            for g in (self.dk, self.dv)
+            g if self.direct else torch.empty((B, Hkv, self.slices, *size), dtype=floats)
+            for g, size in zip((self.dk, self.dv), sizes, strict=True)
         )
 
     def fields(self) -> array[int]:
@@ -169,11 +176,24 @@ def _tiles(x: Tensor, slots: int) -> _Rows:
     return _Rows(torch.empty(slots * count, dtype=torch.bfloat16), True, (0, count))
 
 
+def _gradient_tiles(k: Tensor, v: Tensor, threads: int) -> tuple[int, tuple[_Rows, _Rows]]:
+    """How many heads are held at a time, and room for the tiles of their K, K^T and V."""
+    count = 2 * _tile_numbers(k) + _tile_numbers(v)
+    fitting = _ROOM // (2 * max(1, count)) // threads * threads
+    slots = min(k.shape[0] * k.shape[1], max(threads, fitting))
+    data = torch.empty(slots * count, dtype=torch.bfloat16)
+    return slots, (_Rows(data, True, (0, count)), _Rows(data[:0], False, (0, 0)))
+
+
 def _tile_numbers(x: Tensor) -> int:
     """Of a head: whole tiles of 32 by 32 numbers; a float32 number is three of bfloat16."""
     N, D = x.shape[2:]
     parts = 3 if x.dtype == torch.float32 else 1
-    return -(-N // 32) * 32 * -(-D // 32) * 32 * parts
+    return _round_up(N, 32) * _round_up(D, 32) * parts
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 def _slots(k: Tensor, v: Tensor, threads: int, tasks: int) -> int:

@@ -17,7 +17,7 @@ from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.predicate import lower
 
 Pass = Literal["forward", "backward"]
-Packing = Literal["rows", "pairs", "tiles"]
+Packing = Literal["rows", "pairs", "tiles", "gradient tiles"]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 PANELS = 4  # panels of query rows that share the keys of a round
 SPLIT_PANELS = 8  # the same where a float32 number is three of bfloat16: fewer turns of the keys
@@ -50,7 +50,7 @@ def kernel_of(
 ) -> Kernel | str:
     """The kernel of a pass over a spec on a target, or why there is none.
 
-    `split`: float32 numbers as three bfloat16 numbers on tile registers (forward only).
+    `split`: float32 numbers as three bfloat16 numbers on tile registers.
     """
     if dtype not in NAMES:
         return f"CPU kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -68,8 +68,10 @@ def kernel_of(
     rows = (panels if name == "forward" or widest <= 128 else 2) * panel
     if spec.block:
         rows = min(rows, -(-spec.block // panel) * panel)
-    packing = "tiles" if split else _packing(spec, dtype, target, name)
-    keys = TILE_KEYS[dtype] if packing == "tiles" else KEYS if widest <= 128 else 32
+    packing = _packing(spec, dtype, target, name, split)
+    keys = KEYS if widest <= 128 else 32
+    if packing == "tiles":
+        keys = TILE_KEYS[dtype]
     constants: dict[str, int | float | bool] = {
         "DK": spec.key_dim,
         "DV": spec.value_dim,
@@ -83,15 +85,19 @@ def kernel_of(
         "HAS_TEMPERATURE": spec.temperature,
         "LISTS": spec.block > 0,
         "PAIRS": packing == "pairs",
-        "KEY_STEP": {"rows": 1, "pairs": 2, "tiles": 32}[packing],
+        "KEY_STEP": {"rows": 1, "pairs": 2}.get(packing, 32),
     }
-    kind = "tiles" if packing == "tiles" else name
+    kind = {"tiles": "tiles", "gradient tiles": "tiles_backward"}.get(packing, name)
     unit = _unit(kind, constants, NAMES[dtype], printed, target)
     tables = tuple(torch.from_numpy(t.copy()) for t in printed.tables)
     return Kernel(unit, tables, rows, keys, packing)
 
 
-def _packing(spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass) -> Packing:
+def _packing(
+    spec: BlockSparse, dtype: torch.dtype, target: Target, name: Pass, split: bool
+) -> Packing:
+    if split:
+        return "tiles" if name == "forward" else "gradient tiles"
     if name == "backward" or dtype != torch.bfloat16:
         return "rows"
     if target.tiles and spec.block % 32 == 0:

@@ -25,7 +25,7 @@ from rewriter.backends.inputs import BlockSparseGrads, BlockSparseInputs
 from rewriter.errors import UnsupportedError
 from rewriter.ir.block_sparse import BlockSparse
 
-Run = Callable[..., None]
+Run = Callable[..., int | None]
 
 
 def decline(spec: BlockSparse, dtype: torch.dtype, needs_grad: bool) -> str | None:
@@ -56,7 +56,7 @@ def forward(
     Raises:
         UnsupportedError: there is no kernel for the call; `decline` says why beforehand.
     """
-    kernel, run = _split(spec, x) or _ready(spec, x, "forward")
+    kernel, run = _split(spec, x, "forward") or _ready(spec, x, "forward")
     return _forward(spec, x, kernel, run, top)
 
 
@@ -88,15 +88,32 @@ def backward(
     Raises:
         UnsupportedError: there is no kernel for the call.
     """
-    kernel, run = _ready(spec, x, "backward")
     if min(x.q.numel(), x.k.numel()) == 0:
         return _no_grads(x)
+    out, lse = out.contiguous(), lse.contiguous()
+    tiles = _split(spec, x, "backward")
+    if tiles is not None:
+        grads, usable = _backward(spec, x, out, lse, grad_out, *tiles)
+        if usable:
+            return grads
+    return _backward(spec, x, out, lse, grad_out, *_ready(spec, x, "backward"))[0]
+
+
+def _backward(
+    spec: BlockSparse,
+    x: BlockSparseInputs,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    kernel: Kernel,
+    run: Run,
+) -> tuple[BlockSparseGrads, bool]:
+    """The gradients, and whether they are of use: on tiles not where a number is not finite."""
     call = Call(spec, x, kernel)
     to = GradBuffers(spec, x, call, grad_out)
-    out, lse = out.contiguous(), lse.contiguous()
     inputs, outputs = call.fields(out, lse), to.fields()
-    run(address(inputs), address(outputs), spec.scale, spec.softcap or 1.0)
-    return to.results(lse)
+    usable = run(address(inputs), address(outputs), spec.scale, spec.softcap or 1.0)
+    return to.results(lse), bool(usable)
 
 
 def find(
@@ -122,35 +139,41 @@ def _find(
         return library.reason
     run = library[name]
     structs = [ctypes.c_void_p] * (1 if name == "forward" else 2)
-    run.argtypes, run.restype = [*structs, ctypes.c_float, ctypes.c_float], None
+    run.argtypes = [*structs, ctypes.c_float, ctypes.c_float]
+    run.restype = None if name == "forward" else ctypes.c_int
     return kernel, run
 
 
-def _split(spec: BlockSparse, x: BlockSparseInputs) -> tuple[Kernel, Run] | None:
-    """The kernel on tile registers of a float32 call that is faster there."""
+def _split(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, Run] | None:
+    """The kernel on tile registers of a pass over a float32 call that is faster there."""
     target = host_target()
     if isinstance(target, str) or not target.tiles or not forms.fits(spec):
         return None
     if not x.q.dtype == x.k.dtype == x.v.dtype == torch.float32 or x.k.numel() == 0:
         return None
     seen = forms.keys_seen(spec, x)
-    if seen < forms.FEW or seen < _least_keys(target):
+    if seen < forms.FEW or seen < _least_keys(target, name):
         return None
-    found = find(spec, torch.float32, "forward", split=True)
+    found = find(spec, torch.float32, name, split=True)
     return None if isinstance(found, str) else found
 
 
 @lru_cache(maxsize=8)
-def _least_keys(target: Target) -> float:
-    vectors = _find(forms.SAMPLE, torch.float32, "forward", False, target)
-    tiles = _find(forms.SAMPLE, torch.float32, "forward", True, target)
-    if isinstance(vectors, str) or isinstance(tiles, str):
+def _least_keys(target: Target, name: Pass) -> float:
+    """Keys that a row has to see on average for tiles to be faster in a pass."""
+    kinds = [_find(forms.SAMPLE, torch.float32, name, split, target) for split in (False, True)]
+    vectors, tiles = (None if isinstance(kind, str) else kind for kind in kinds)
+    if vectors is None or tiles is None:
         return math.inf
-    return forms.least_keys(
-        vectors[0].unit.source + tiles[0].unit.source,
-        lambda x: _forward(forms.SAMPLE, x, *vectors, None),
-        lambda x: _forward(forms.SAMPLE, x, *tiles, None),
-    )
+
+    def of(kind: tuple[Kernel, Run]) -> forms.Form:
+        if name == "forward":
+            return lambda x: _forward(forms.SAMPLE, x, *kind, None)
+        # Values do not matter for the time: any outputs will do.
+        return lambda x: _backward(forms.SAMPLE, x, x.v, x.v[..., 0].contiguous(), x.v, *kind)
+
+    source = vectors[0].unit.source + tiles[0].unit.source
+    return forms.least_keys(source, of(vectors), of(tiles))
 
 
 def _ready(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, Run]:

@@ -88,10 +88,41 @@ def double(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.double().requires_grad_() for name, t in x.items()}
 
 
+@pytest.fixture
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An instruction set by name; `tiles` is the real one where the processor has it."""
+    isa = request.param
+    if isa == "host":
+        yield
+        return
+    if isa == "tiles":
+        host = host_target()
+        isa = host.isa if isinstance(host, Target) and host.tiles else "tiles_on_avx2"
+    needed = {"avx512_bf16"} if isa == "avx512_bf16" else {"avx2", "fma"}
+    if not needed <= cpu_flags():
+        pytest.skip(f"this processor lacks {isa}")
+    monkeypatch.setenv(VARIABLE, isa)
+    # float32 on tiles wherever it is possible, not only where it is faster.
+    monkeypatch.setattr(cpu, "_least_keys", lambda *_: 0.0)
+    monkeypatch.setattr(cpu.forms, "FEW", 0)
+    monkeypatch.setattr(cpu.forms, "fits", lambda spec: spec.block % 32 == 0)
+    yield
+
+
+drawn = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+def everywhere(test):
+    """On this processor as it would be, and on tile registers wherever that is possible."""
+    both = pytest.mark.parametrize("target", ["host", "tiles"], indirect=True)
+    return both(pytest.mark.usefixtures("target")(test))
+
+
 sizes = {"B": st.integers(1, 2), "kv": st.sampled_from([1, 2, 4]), "n": st.integers(1, 300)}
 
 
-@settings(max_examples=25, deadline=None)
+@everywhere
+@settings(max_examples=25, **drawn)
 @given(**sizes, padded=st.booleans(), seed=st.integers(0, 999))
 def test_causal_is_stock_attention(B, kv, n, padded, seed):
     torch.manual_seed(seed)
@@ -112,7 +143,8 @@ def test_causal_is_stock_attention(B, kv, n, padded, seed):
     agree(y, grads, expected, grad)
 
 
-@settings(max_examples=12, deadline=None)
+@everywhere
+@settings(max_examples=12, **drawn)
 @given(n=st.integers(1, 300), cuts=st.lists(st.integers(0, 300), max_size=4))
 def test_packed_sequences(n, cuts):
     torch.manual_seed(n)
@@ -129,7 +161,8 @@ def test_packed_sequences(n, cuts):
     agree(y, grads, expected, grad)
 
 
-@settings(max_examples=12, deadline=None)
+@everywhere
+@settings(max_examples=12, **drawn)
 @given(**sizes, keys=st.integers(1, 300), seed=st.integers(0, 999))
 def test_every_hook_under_a_mask_of_all_atoms(B, kv, n, keys, seed):
     torch.manual_seed(seed)
@@ -151,7 +184,8 @@ def test_every_hook_under_a_mask_of_all_atoms(B, kv, n, keys, seed):
     agree(y, grads, expected, grad)
 
 
-@settings(max_examples=12, deadline=None)
+@everywhere
+@settings(max_examples=12, **drawn)
 @given(**sizes, seed=st.integers(0, 999))
 def test_run_time_lists(B, kv, n, seed):
     torch.manual_seed(seed)
@@ -170,24 +204,6 @@ def test_run_time_lists(B, kv, n, seed):
     close(out, expected, 1e-5)
     assert not lse.any()
     agree(y, grads, expected, grad)
-
-
-@pytest.fixture
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An instruction set by name; `tiles` is the real one where the processor has it."""
-    isa = request.param
-    if isa == "tiles":
-        host = host_target()
-        isa = host.isa if isinstance(host, Target) and host.tiles else "tiles_on_avx2"
-    needed = {"avx512_bf16"} if isa == "avx512_bf16" else {"avx2", "fma"}
-    if not needed <= cpu_flags():
-        pytest.skip(f"this processor lacks {isa}")
-    monkeypatch.setenv(VARIABLE, isa)
-    # float32 on tiles wherever it is possible, not only where it is faster.
-    monkeypatch.setattr(cpu, "_least_keys", lambda target: 0.0)
-    monkeypatch.setattr(cpu.forms, "FEW", 0)
-    monkeypatch.setattr(cpu.forms, "fits", lambda spec: spec.block % 32 == 0)
-    yield
 
 
 @pytest.mark.parametrize("target", ["wide_on_avx2", "tiles_on_avx2", "avx512_bf16"], indirect=True)
@@ -307,7 +323,7 @@ def test_float32_on_tiles_is_as_exact_as_stock_attention(dim):
     spec = BlockSparse(dim, dim, dim**-0.5)
     q, k, v = (torch.randn(1, HEADS, 257, dim) for _ in range(3))
     x = BlockSparseInputs(q, k, v)
-    chosen = cpu._split(spec, x)
+    chosen = cpu._split(spec, x, "forward")
     assert chosen is not None and chosen[0].packing == "tiles"
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     stock = scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -344,6 +360,45 @@ def test_infinities_on_tiles_are_those_of_stock_attention():
     torch.testing.assert_close(out[0, 2, 40:], expected[0, 2, 40:], rtol=1e-5, atol=1e-5)
 
 
+@on_tiles
+@pytest.mark.usefixtures("target")
+def test_gradients_on_tiles_are_as_exact_as_on_vectors():
+    torch.manual_seed(6)
+    q, k, v, grad = (torch.randn(1, HEADS, 333, 64) for _ in range(4))
+    x = BlockSparseInputs(q, k, v)
+    out, lse = cpu.forward(DENSE, x)
+    tiles = cpu._split(DENSE, x, "backward")
+    assert tiles is not None and tiles[0].packing == "gradient tiles"
+    y = double({"q": q, "k": k, "v": v})
+    whole = scaled_dot_product_attention(y["q"], y["k"], y["v"], is_causal=True)
+    exact = torch.autograd.grad(whole, list(y.values()), grad.double())
+    rows = cpu._backward(DENSE, x, out, lse, grad, *cpu._ready(DENSE, x, "backward"))[0]
+    for mine, theirs, true in zip(
+        cpu.backward(DENSE, x, out, lse, grad), rows, exact, strict=False
+    ):
+        assert (mine - true).abs().max() <= 1.5 * (theirs - true).abs().max()
+
+
+@on_tiles
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["q", "k", "v", "grad"])
+def test_gradients_of_what_is_not_finite_are_those_of_vectors(name, bad):
+    torch.manual_seed(7)
+    x = {name: torch.randn(1, HEADS, 100, 64) for name in ("q", "k", "v", "grad")}
+    x[name][0, 1, 60, 5] = bad
+    grad = x.pop("grad")
+    inputs = BlockSparseInputs(**x)
+    out, lse = cpu.forward(DENSE, inputs)
+    kernel, run = cpu._ready(DENSE, inputs, "backward")
+    assert kernel.packing == "rows"
+    expected = cpu._backward(DENSE, inputs, out, lse, grad, kernel, run)[0]
+    for mine, other in zip(cpu.backward(DENSE, inputs, out, lse, grad), expected, strict=True):
+        if mine is not None:
+            assert torch.equal(mine.isnan(), other.isnan())
+            torch.testing.assert_close(mine[:, 0], other[:, 0])
+
+
 def test_where_the_queries_begin_is_an_argument_of_the_kernel():
     """Parts of a prompt against one cache share a kernel and give what the whole prompt gives."""
     torch.manual_seed(5)
@@ -370,6 +425,7 @@ def test_a_kernel_belongs_to_its_instruction_set(monkeypatch):
     assert narrow[0].unit.target.isa == "portable" and host[0].unit.target == host_target()
 
 
+@everywhere
 def test_differences_of_large_scores_are_exact():
     """Scores around +-1e4 that differ by small amounts, exact in float32."""
     torch.manual_seed(0)
@@ -398,6 +454,7 @@ def test_nan_stays_where_it_is():
     assert torch.equal(bad, expected)
 
 
+@everywhere
 def test_keys_behind_their_length_are_never_read():
     torch.manual_seed(2)
     q, k, v = (torch.randn(2, HEADS, 130, 64) for _ in range(3))
@@ -419,6 +476,7 @@ def test_no_keys_and_no_rows():
         assert not any(g.any() for g in cpu.backward(DENSE, x, out, lse, out)[:3])
 
 
+@everywhere
 def test_threads_change_nothing():
     torch.manual_seed(3)
     x = dict(zip("qkv", qkv(DENSE, 1, 1, 200, 200), strict=True))

@@ -52,19 +52,20 @@ static ALWAYS_INLINE vf load_some(const io_t* p, int n) {
     return n >= LANES ? load(p) : n > 0 ? load_part(p, n) : vf{};
 }
 
-// Up to 32 keys as rows of DKP numbers, or as tiles of their parts.
-static inline vi pack_keys(int n, const io_t* src, long rs, bf16* dst) {
+// Up to 32 keys of D numbers as rows, whole tiles wide, or as tiles of their parts.
+template <int D> static inline vi pack_keys(int n, const io_t* src, long rs, bf16* dst) {
+    constexpr int WIDTH = (D + TILE_K - 1) / TILE_K * TILE_K;
     vi odd{};
     for (int r = 0; r < TILE_K; ++r) {
         const io_t* row = src + r * rs;
         if constexpr (PARTS == 1) {
-            bf16* to = dst + (long)r * DKP;
-            memset(to, 0, DKP * 2);
-            if (r < n) memcpy(to, row, DK * 2);
+            bf16* to = dst + (long)r * WIDTH;
+            memset(to, 0, WIDTH * 2);
+            if (r < n) memcpy(to, row, D * 2);
         } else {
             char* to = (char*)dst + r * 64;
-            for (int d = 0; d < DKP; d += TILE_K, to += PARTS * TWO_TILES) {
-                int left = r < n ? DK - d : 0;
+            for (int d = 0; d < WIDTH; d += TILE_K, to += PARTS * TWO_TILES) {
+                int left = r < n ? D - d : 0;
                 vf a = load_some(row + d, left), b = load_some(row + d + LANES, left - LANES);
                 UNROLL for (int part = 0; part < PARTS; ++part) {
                     vf both = in_order(a, b);
@@ -78,12 +79,13 @@ static inline vi pack_keys(int n, const io_t* src, long rs, bf16* dst) {
     return odd;
 }
 
-// Up to 32 values as tiles of 16 columns by 32 keys.
-static inline vi pack_values(int n, const io_t* src, long rs, bf16* dst) {
+// Up to 32 values of D numbers as tiles of 16 columns by 32 keys.
+template <int D> static inline vi pack_values(int n, const io_t* src, long rs, bf16* dst) {
+    constexpr int WIDTH = (D + TILE_K - 1) / TILE_K * TILE_K;
     vi bad{};
-    for (int d = 0; d < DVP; d += TILE) {
+    for (int d = 0; d < WIDTH; d += TILE) {
         vf even[TILE], odd[TILE];
-        int some = DV - d < TILE ? DV - d : TILE;
+        int some = D - d < TILE ? D - d : TILE;
         for (int i = 0; i < TILE; ++i) {
             const io_t *a = src + 2 * i * rs + d, *b = a + rs;
             even[i] = odd[i] = vf{};

@@ -36,14 +36,6 @@ struct Item {
     int turn;                       // which of the two buffers
 };
 
-// Keeps a value from being computed later than here. Multiplications of tiles have to be spread
-// evenly between the vector instructions: bursts of them run at a third of the speed.
-static ALWAYS_INLINE void pin(vf& x) {
-#if defined(__AMX_BF16__)
-    asm volatile("" : "+v"(x));
-#endif
-}
-
 static inline void load_queries(const Call& c, const Task& t, float scale, float cap, State& x) {
     for (int p = 0; p * PANEL < t.rows; ++p) {
         int n = (int)(t.rows - p * PANEL < PANEL ? t.rows - p * PANEL : PANEL);

@@ -153,10 +153,10 @@ static inline void pack_block(const Call& c, long head, long slot, long block) {
     int n = (int)(c.N - n0 < TILE_K ? c.N - n0 : TILE_K);
     uint8_t marks = 0;
     bf16 *k = (bf16*)c.k_ready + slot * c.kr_h, *v = (bf16*)c.v_ready + slot * c.vr_h;
-    if (c.pack_k && any(pack_keys(n, c.k + b * c.k_b + h * c.k_h + n0 * c.k_n, c.k_n,
-                                  k + block * K_BLOCK)))
-        marks |= KEY_MARK;
-    if (any(pack_values(n, c.v + b * c.v_b + h * c.v_h + n0 * c.v_n, c.v_n, v + block * V_BLOCK)))
+    const io_t* keys = c.k + b * c.k_b + h * c.k_h + n0 * c.k_n;
+    const io_t* values = c.v + b * c.v_b + h * c.v_h + n0 * c.v_n;
+    if (c.pack_k && any(pack_keys<DK>(n, keys, c.k_n, k + block * K_BLOCK))) marks |= KEY_MARK;
+    if (any(pack_values<DV>(n, values, c.v_n, v + block * V_BLOCK)))
         marks |= VALUE_MARK;
     c.marks[head * ((c.N + TILE_K - 1) / TILE_K) + block] = marks;
 }
