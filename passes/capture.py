@@ -46,6 +46,8 @@ class Captured:
         args, kwargs: the example inputs.
         out_spec: structure of the module's result over the flat output leaves.
         module: the captured module itself.
+        guards: what tracing found out about the size symbols to choose a branch: the graph holds
+            for sizes that meet all of it.
     """
 
     graph_module: fx.GraphModule
@@ -56,6 +58,7 @@ class Captured:
     kwargs: Mapping[str, Any]
     out_spec: pytree.TreeSpec | None = None
     module: nn.Module | None = None
+    guards: tuple[Any, ...] = ()
 
     def parameter(self, name: str) -> torch.Tensor | None:
         """The tensor behind a parameter, buffer or constant placeholder, or None."""
@@ -176,6 +179,7 @@ def _captured(
         kwargs=kwargs,
         out_spec=out_spec.out_spec if out_spec is not None else None,
         module=module,
+        guards=torch_private.size_guards(graph_module.graph),
     )
 
 

@@ -56,6 +56,17 @@ def export_program(
     )
 
 
+def size_guards(graph: fx.Graph) -> tuple[sympy.Basic, ...]:
+    """Relations of size symbols that held while a graph was traced and decided what it became."""
+    for node in graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        shape: tuple[Any, ...] = tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+        for size in shape:
+            if isinstance(size, torch.SymInt):
+                return tuple(guard.expr for guard in size.node.shape_env.guards)
+    return ()
+
+
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """Export logs its specialisation decisions and prints the graph when it gives up."""

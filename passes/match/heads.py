@@ -75,6 +75,8 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
         return shared
     batch, head = shared
     window, head = _windows(chains, draft, axes, head)
+    moving = tuple(a for a in head if view.sizes.dynamic(axes.size(a)))
+    window, head = (*window, *moving), tuple(a for a in head if a not in moving)
     kv = _kv_heads((*batch, *window), head, chains["key"], chains["value"], axes)
     if not window:
         window, head, kv = _outer_windows(draft, axes, head, kv)
@@ -164,6 +166,10 @@ def _shared_axes(draft: Draft, view: View) -> tuple[tuple[int, ...], tuple[int, 
         outer = tuple(a for dim in dims[:-1] for a in dim)
         if outer and not any(sizes.dynamic(axes.size(a)) for a in outer):
             return dims[-1], outer  # the heads lead
+        moving = [sizes.dynamic(axes.size(a)) for a in leaves]
+        first_static = moving.index(False) if False in moving else 0
+        if first_static and len(dims) > 1:  # rows and heads, then windows whose number is free
+            return tuple(leaves[:first_static]), tuple(leaves[first_static:])
     if len(dims) >= 2:
         first = set(dims[0])
         last = max((i for i, a in enumerate(leaves) if sizes.dynamic(axes.size(a))), default=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import fx
 
@@ -118,9 +119,8 @@ def _pieces(cores: list[_Core], view: View) -> dict[fx.Node, Refusal]:
     for core in cores:
         if not isinstance(core.found, _Named) or len(core.found.found["query"].linears) != 1:
             continue
-        linear, heads_ = core.found.found["query"].linears[0], core.found.operands.heads
-        size = math.prod(view.sizes.of(core.found.operands.query.node))
-        if size // (heads_.query * heads_.key_dim) < math.prod(view.sizes.of(linear)[:-1]):
+        linear = core.found.found["query"].linears[0]
+        if _summed_up(core.found, "query", view):
             parts.setdefault(linear, []).append(core.found.draft.anchor)
     reason = "it serves some queries of one projection, {} more the rest: attention block by block"
     return {
@@ -161,7 +161,7 @@ def _site(core: _Named, view: View, semantics: Semantics, before: list[Match]) -
         prescaled=named.prescaled * _factor(found["query"], named, view),
         causal_flag=draft.causal_flag,
         qk_norm=found["query"].normed and found["key"].normed,
-        cross=_crosses(found["query"], found["key"], draft, view),
+        cross=_crosses(core, view),
         fingerprint=fingerprint(owner, draft.anchor, view),
         hidden_dim=hidden_dim,
         normaliser=draft.normaliser,
@@ -186,13 +186,31 @@ def _factor(query: producers.Upstream, named: Operands, view: View) -> float:
     return producers.scaled_behind(query.linears[0], named.query_start, view)
 
 
-def _crosses(query: producers.Upstream, key: producers.Upstream, draft: Draft, view: View) -> bool:
+def _crosses(core: _Named, view: View) -> bool:
     """By where queries and keys come from; where that is hidden, by their numbers."""
-    same = producers.same_source(query, key, view)
+    if _summed_up(core, "query", view) or _summed_up(core, "key", view):
+        return True
+    same = producers.same_source(core.found["query"], core.found["key"], view)
     if same is None:
-        axes = draft.axes
-        same = axes.total(draft.query_axis) == axes.total(draft.key_axis)
+        axes = core.draft.axes
+        same = axes.total(core.draft.query_axis) == axes.total(core.draft.key_axis)
     return not same
+
+
+def _summed_up(core: _Named, side: Literal["query", "key"], view: View) -> bool:
+    """Whether an operand has fewer tokens than its projection: landmarks, means of segments."""
+    linears, heads_ = core.found[side].linears, core.operands.heads
+    if len(linears) != 1:
+        return False
+    item, count = core.operands.key, heads_.key_value
+    if side == "query":
+        item, count = core.operands.query, heads_.query
+    read_ = view.linear(linears[0])
+    before = view.sizes.of(read_.source) if read_ is not None else ()
+    if len(before) not in (2, 3):
+        return False
+    tokens = math.prod(view.sizes.of(item.node)) // (count * heads_.key_dim)
+    return tokens < math.prod(before[:-1])
 
 
 def _region(draft: Draft, named: Operands) -> frozenset[fx.Node]:

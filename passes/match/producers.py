@@ -28,7 +28,8 @@ _REACH = 80
 class Upstream:
     """What was found between an operand and its projections.
 
-    `ends` are inputs of the captured module that were met on the way, and what convolutions read.
+    `ends` are inputs of the captured module that were met on the way, and what convolutions read;
+    a convolution itself where it changes the number of tokens.
     """
 
     linears: tuple[fx.Node, ...]
@@ -57,7 +58,10 @@ def upstream(start: fx.Node, view: View) -> Upstream:
                 linears.append(node)
             continue
         if op(node) in CONVOLUTIONS and view.is_parameter(operand(node, 1)):
-            ends.append(operand(node))  # a projection too: what stands before it is not the core's
+            # A projection too, what stands before it is not the core's; of other tokens if it has
+            # another number of them than what it reads.
+            same = view.sizes.of(operand(node))[2:] == view.sizes.of(node)[2:]
+            ends.append(operand(node) if same else node)
             continue
         nodes.add(node)
         queue.extend(tensor_inputs(node))
@@ -120,8 +124,11 @@ def same_source(query: Upstream, key: Upstream, view: View) -> bool | None:
 
 
 def _source(linear: fx.Node, view: View) -> fx.Node:
+    """What a projection reads; the projection itself where it sums over tokens."""
     found = view.linear(linear)
-    return linear if found is None else strip_casts(found.source)
+    if found is None or not found.of_channels:
+        return linear
+    return strip_casts(found.source)
 
 
 def _token_wise(starts: list[fx.Node], view: View) -> set[fx.Node]:

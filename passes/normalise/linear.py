@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import fx
 
@@ -22,6 +23,16 @@ class Linear:
     node: fx.Node
     source: fx.Node
     weight: fx.Node
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it sums over the last dimension of what it reads, and not over tokens."""
+        name = op(self.node)
+        if name != "einsum":
+            return name in ("linear", "addmm") or operand(self.node, 0) is self.source
+        terms, _, result = str(self.node.args[0]).replace(" ", "").partition("->")
+        sides = dict(zip(cast(Any, self.node.args[1]), terms.split(","), strict=True))
+        return not sides[self.source] or sides[self.source][-1] not in result
 
 
 def linear(node: fx.Node, is_parameter: Callable[[fx.Node], bool]) -> Linear | None:

@@ -17,6 +17,8 @@ from rewriter.passes.normalise.ops import op, value
 from rewriter.passes.torch_private import symbolic_expression
 
 _FIRST = 1_000_003
+_SMALL = 1_000
+"""A formula that comes out smaller, such as a remainder, may be any other size as well."""
 
 
 def _told(graph: fx.Graph) -> Iterator[tuple[sympy.Expr, int]]:
@@ -42,6 +44,7 @@ class Sizes:
                     symbols |= symbolic_expression(size).free_symbols
         self.primes: dict[sympy.Symbol, int] = {}
         self._numbers: dict[sympy.Expr, int] = {}
+        self._moving: set[int] = set()
         prime = _FIRST
         for symbol in sorted(symbols, key=str):
             prime = int(sympy.nextprime(prime))
@@ -62,7 +65,9 @@ class Sizes:
             return int(size)
         expression = symbolic_expression(size)
         if expression not in self._numbers:
-            self._numbers[expression] = int(expression.subs(self.primes))
+            number = self._numbers[expression] = int(expression.subs(self.primes))
+            if expression.free_symbols and number > _SMALL:
+                self._moving.add(number)
         return self._numbers[expression]
 
     def of(self, node: fx.Node) -> tuple[int, ...]:
@@ -73,8 +78,9 @@ class Sizes:
         return tuple(self.number(s) for s in val.shape)
 
     def dynamic(self, number: int) -> bool:
-        """True if a stand-in contains a symbol."""
-        return any(number % prime == 0 for prime in self.primes.values())
+        """True if a stand-in contains a symbol, rounded quotients of one included."""
+        rounded = number in self._moving
+        return rounded or any(number % prime == 0 for prime in self.primes.values())
 
     def static_factor(self, number: int) -> int:
         """The stand-in without its symbols: 4 for 4 * batch."""

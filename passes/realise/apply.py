@@ -16,8 +16,8 @@ from rewriter.ir.site import AttentionSite
 from rewriter.mixers import registry
 from rewriter.passes.examples import Call, Examples, examples_for
 from rewriter.passes.realise.cache_probe import cache_layers
-from rewriter.passes.realise.calls import Observed, observe
-from rewriter.passes.realise.owner import EmissionCache, ReEmitted, make_owner
+from rewriter.passes.realise.calls import Observed, made_anew, observe
+from rewriter.passes.realise.owner import EmissionCache, ReEmitted, UntracedError, make_owner
 from rewriter.passes.realise.sizes import Name, SizeBook, Sizes
 from rewriter.passes.realise.visibility import ensure_called
 from rewriter.plan import Plan
@@ -97,6 +97,11 @@ def realise(
     for fqn, members in by_owner.items():
         sites = [t.site for t in members]
         _runs_as_found(sites[0], first[fqn])
+        for one, other in zip(first[fqn], second[fqn], strict=False):
+            name = made_anew(one.named, other.named)
+            if name is not None:
+                reason = f"each call of '{fqn}' brings a new {name}, which no trace can take"
+                raise UntracedError(sites[0], reason)
         owner = model.get_submodule(fqn)
         facts = tuple((s.core, s.fingerprint or fqn, s.core_hash()) for s in sites)
         key = (facts, type(owner))

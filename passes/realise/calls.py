@@ -63,8 +63,14 @@ class Signature:
         signature = inspect.signature(forward)
         names = list(signature.parameters.values())
         self.signature = signature.replace(parameters=names[1:] if method else names)
-        kinds = [p.kind for p in self.signature.parameters.values()]
-        self.variadic = inspect.Parameter.VAR_POSITIONAL in kinds
+        self.any_number = next(
+            (
+                n
+                for n, p in self.signature.parameters.items()
+                if p.kind is inspect.Parameter.VAR_POSITIONAL
+            ),
+            None,
+        )
         self.rest = next(
             (
                 n
@@ -81,6 +87,8 @@ class Signature:
         named = dict(bound.arguments)
         if self.rest is not None:
             named.update(named.pop(self.rest))
+        if self.any_number is not None and not named[self.any_number]:
+            del named[self.any_number]
         return named
 
 
@@ -119,9 +127,39 @@ def read(
     return Pattern(tuple(leaves), training, weights), tensors, cache
 
 
+_SIMPLE = (str, int, float, bool, type(None), torch.dtype, torch.device)
+
+
+class Held:
+    """An object among the arguments, equal to itself alone. It is kept, so that no other object
+    takes its address while a trace was made for it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self.value).__name__}>"
+
+
 def _constant(value: Any) -> Any:
-    simple = (str, int, float, bool, type(None), torch.dtype, torch.device)
-    return value if isinstance(value, simple) else f"<{type(value).__name__} {id(value)}>"
+    return value if isinstance(value, _SIMPLE) else Held(value)
+
+
+def made_anew(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """Name of the class of an object that is another one in each call, which no trace can take."""
+    later = dict(walk(dict(second)))
+    for path, value in walk(dict(first)):
+        if isinstance(value, (torch.Tensor, Cache, *_SIMPLE)):
+            continue
+        if value is not later.get(path):
+            return type(value).__name__
+    return None
 
 
 def map_leaves(named: Mapping[str, Any], change: Any) -> dict[str, Any]:

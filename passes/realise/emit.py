@@ -247,9 +247,12 @@ class _Emitter:
         for operand in operands:
             for dim, axes in enumerate(operand.layout.dims):
                 if axes == (axis,):
-                    size = _value(operand.node).shape[dim]
+                    size: Any = _value(operand.node).shape[dim]
                     symbol = _symbol(size)
-                    return self.sizes.get(symbol, size) if symbol is not None else size
+                    if symbol in self.sizes or not isinstance(size, torch.SymInt):
+                        return self.sizes.get(symbol, size)
+                    if operand.node in self.new:
+                        return self.graph.call_method("size", (self._arg(operand.node), dim))
         return -1
 
     def _of_windows(self, term: Node, layout: Layout, query: Node, windows: Any) -> Node:
@@ -261,9 +264,11 @@ class _Emitter:
         if any(len(dim) > 1 for dim in layout.dims):
             raise EmissionError("a mask of windows has them in one dimension with other axes")
         axes = [dim[0] if dim else None for dim in layout.dims]
-        tokens = [d for d, axis in enumerate(axes) if axis == "token"]
+        tokens = [len(axes) - 2, len(axes) - 1]  # as the scores have them, of size 1 or not
+        if any(axes[d] not in (None, "token") for d in tokens):
+            raise EmissionError("a mask of windows has its queries and keys not in the last place")
         wanted = [d for a in ("batch", "window", "head") for d in range(len(axes)) if axes[d] == a]
-        spare = [d for d, axis in enumerate(axes) if axis is None]
+        spare = [d for d, axis in enumerate(axes) if axis is None and d not in tokens]
         term = self.graph.call_method("permute", (term, (*spare, *wanted, *tokens)))
         term = self.graph.call_method("flatten", (term, 0, len(spare))) if spare else term
         if "batch" in axes:

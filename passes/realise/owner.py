@@ -29,13 +29,19 @@ from rewriter.passes.realise.calls import (
     Signature,
     map_leaves,
     read,
+    walk,
 )
 from rewriter.passes.realise.emit import Emission, EmissionError, Replaced, emit
+from rewriter.passes.realise.limits import Limits, input_path, limits_of
 from rewriter.passes.realise.sizes import SizeBook
 from rewriter.passes.realise.subclass import InPlace, become
 from rewriter.passes.records import closed, opened
 
 STATE = "_re_emission"
+
+
+_MOST_SIZES = 16
+"""Traces of one pattern that are kept, if each holds for some sizes alone."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Traced:
     paths: tuple[Path, ...]
     structure: Any
     cache_outputs: tuple[int, ...]
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Capture:
     captured: Captured
     found: tuple[Match, ...]
     structure: Any
+    limits: Limits
 
 
 class EmissionCache:
@@ -67,8 +75,8 @@ class EmissionCache:
         self.base = base
         self.book = book
         self.cache_outputs = cache_outputs
-        self.traced: dict[Pattern, Traced] = {}
-        self.captures: dict[Pattern, Capture] = {}
+        self.traced: dict[Pattern, list[Traced]] = {}
+        self.captures: dict[Pattern, list[Capture]] = {}
 
     def forget_captures(self) -> None:
         """Drop the graphs behind the emissions; a new pattern is captured again when needed."""
@@ -125,10 +133,17 @@ class ReEmitted(InPlace):
             for site, core in zip(state.sites, cores, strict=True)
         )
         pattern, tensors, cache = read(named, self.training, provides)
-        traced = state.cache.traced.get(pattern)
+        known = state.cache.traced.setdefault(pattern, [])
+        # Behind a cache there are fewer queries than keys, and no trace was made like that.
+        traced = next((t for t in known if cache is not None or t.limits.fit(tensors)), None)
         if traced is None:
-            traced = trace(self, state, named, pattern, tensors)
-            state.cache.traced[pattern] = traced
+            try:
+                traced = trace(self, state, named, pattern, tensors)
+            except UntracedError:
+                if not known or not _exact(cores):  # of other sizes it was traced
+                    raise
+                return state.cache.base.forward(self, *args, **kwargs)
+            known[:] = [*known[1 - _MOST_SIZES :], traced]
         flat = traced.emission.function(
             self, *(tensors[p] for p in traced.paths), cache, *traced.emission.constants
         )
@@ -146,8 +161,7 @@ def _leaves(state: OwnerState, named: Mapping[str, Any], cores: Sequence[nn.Modu
     Raises:
         UnsupportedError: a block that stayed as it was needs the cache beside a new core.
     """
-    infos = [getattr(core, "info", None) for core in cores]
-    exact = all(info is not None and info.tier == "exact" for info in infos)
+    exact = _exact(cores)
     first = state.sites[0]
     partly = len(state.sites) < first.slots
     if partly and not exact:
@@ -158,6 +172,11 @@ def _leaves(state: OwnerState, named: Mapping[str, Any], cores: Sequence[nn.Modu
         )
     two = any(isinstance(x, EncoderDecoderCache) for x in named.values())
     return exact and (two or partly or first.runs > 1)
+
+
+def _exact(cores: Sequence[nn.Module]) -> bool:
+    infos = [getattr(core, "info", None) for core in cores]
+    return all(info is not None and info.tier == "exact" for info in infos)
 
 
 def original_view(owner: nn.Module, base: type[nn.Module]) -> nn.Module:
@@ -186,10 +205,14 @@ def trace(
         UntracedError: the trace is not the site that was matched in the whole model.
     """
     where = f"'{state.sites[0].fqn or 'the model'}' called with {pattern.describe()}"
-    key = replace(pattern, weights=())
-    if key not in state.cache.captures:
-        state.cache.captures[key] = _captured(owner, state, named, tensors, where)
-    capture_ = state.cache.captures[key]
+    by_text = _argument_paths(pattern)
+    known = state.cache.captures.setdefault(replace(pattern, weights=()), [])
+    cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
+    capture_ = next((c for c in known if cached or c.limits.fit(tensors)), None)
+    if capture_ is None:
+        again = bool(known)
+        capture_ = _captured(owner, state, named, tensors, by_text, where, again, cached)
+        known.append(capture_)
     try:
         emission = emit(
             capture_.captured,
@@ -200,10 +223,9 @@ def trace(
         )
     except EmissionError as error:
         raise UntracedError(state.sites[0], f"cannot re-emit {where}: {error}") from None
-    by_text = _argument_paths(pattern)
     inputs = capture_.captured.inputs
     paths = tuple(by_text[input_path(inputs[name])] for name in emission.tensors)
-    return Traced(emission, paths, capture_.structure, state.cache.cache_outputs)
+    return Traced(emission, paths, capture_.structure, state.cache.cache_outputs, capture_.limits)
 
 
 def _captured(
@@ -211,10 +233,43 @@ def _captured(
     state: OwnerState,
     named: Mapping[str, Any],
     tensors: Mapping[Path, torch.Tensor],
+    paths: Mapping[str, Path],
+    where: str,
+    again: bool,
+    cached: bool,
+) -> Capture:
+    """The owner captured by a call of generic sizes, or if that does not hold for this one, by one
+    of its own sizes.
+
+    Args:
+        paths: of the tensors of this call, by their dotted text.
+        again: this pattern was captured before, and no capture of it holds for this call.
+    """
+    name = state.signature.any_number
+    if name is not None and name in named:
+        reason = f"cannot trace {where}: its forward takes any number of arguments, '*{name}'"
+        raise UntracedError(state.sites[0], reason)
+    book = state.cache.book
+    if not again:
+        found = _alone(owner, state, book.generic(named, tensors), paths, where)
+        if cached or found.limits.fit(tensors):
+            return found
+    for template in (book.generic(named, tensors, own=True), named):
+        found = _alone(owner, state, template, paths, where)
+        if found.limits.fit(tensors):
+            return found
+    reason = f"cannot trace {where}: its code is made for other sizes than those of this call"
+    raise UntracedError(state.sites[0], reason)
+
+
+def _alone(
+    owner: nn.Module,
+    state: OwnerState,
+    template: Mapping[str, Any],
+    paths: Mapping[str, Path],
     where: str,
 ) -> Capture:
     original = original_view(owner, state.cache.base)
-    template = state.cache.book.generic(named, tensors)
     call = map_leaves(template, _without_cache)
     with torch.no_grad():
         live = original(**call)
@@ -237,7 +292,8 @@ def _captured(
         difference = disagreement(site, found.matches[site.slot].site)
         if difference is not None:
             raise UntracedError(site, f"tracing {where} gave another attention: {difference}")
-    return Capture(captured, found.matches, pytree.tree_structure(opened(live)))
+    structure = pytree.tree_structure(opened(live))
+    return Capture(captured, found.matches, structure, limits_of(captured, paths))
 
 
 def _argument_paths(pattern: Pattern) -> dict[str, Path]:
@@ -248,11 +304,6 @@ def _argument_paths(pattern: Pattern) -> dict[str, Path]:
             first = leaf if leaf.key == "" else pattern.leaves[leaf.key]
             paths[".".join(map(str, leaf.path))] = first.path
     return paths
-
-
-def input_path(path: str) -> str:
-    """The capture's name of an input leaf as the dotted path of a bound argument."""
-    return path.removeprefix("kwargs.")
 
 
 def _without_cache(path: Path, value: Any) -> Any:
@@ -279,7 +330,7 @@ def disagreement(site: AttentionSite, traced: AttentionSite) -> str | None:
 def emissions_of(owner: nn.Module) -> list[Emission]:
     """All emissions traced so far for a re-emitted owner."""
     state: OwnerState = owner.__dict__[STATE]
-    return [traced.emission for traced in state.cache.traced.values()]
+    return [traced.emission for known in state.cache.traced.values() for traced in known]
 
 
 def make_owner(

@@ -64,9 +64,13 @@ class SizeBook:
         }
 
     def generic(
-        self, named: Mapping[str, Any], tensors: Mapping[Path, torch.Tensor]
+        self, named: Mapping[str, Any], tensors: Mapping[Path, torch.Tensor], own: bool = False
     ) -> dict[str, Any]:
-        """The call with every tensor at generic sizes; values are kept where sizes agree."""
+        """The call with every tensor at generic sizes; values are kept where sizes agree.
+
+        Args:
+            own: batch and lengths above 1 stay what they are in this call.
+        """
         known: dict[Name, int] = {}
         for path, tensor in tensors.items():
             for label, size in zip(self.labels.get(path, ()), tensor.shape, strict=False):
@@ -76,21 +80,24 @@ class SizeBook:
         if not cached and all(size > 1 for size in known.values()):
             return dict(named)
         made: dict[int, torch.Tensor] = {}
+        wanted = {**GENERIC, **({n: s for n, s in known.items() if s > 1} if own else {})}
 
         def change(path: Path, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             if id(value) not in made:
-                made[id(value)] = self._rebuilt(path, value, known)
+                made[id(value)] = self._rebuilt(path, value, known, wanted)
             return made[id(value)]
 
         return map_leaves(named, change)
 
-    def _rebuilt(self, path: Path, value: torch.Tensor, known: Mapping[Name, int]) -> torch.Tensor:
+    def _rebuilt(
+        self, path: Path, value: torch.Tensor, known: Mapping[Name, int], wanted: Sizes
+    ) -> torch.Tensor:
         labels = self.labels.get(path)
         if labels is None or len(labels) != value.dim():
             labels = tuple(_guess(d, n, value, known) for d, n in enumerate(value.shape))
-        shape = [GENERIC[x.name] * x.factor if isinstance(x, Scaled) else x for x in labels]
+        shape = [wanted[x.name] * x.factor if isinstance(x, Scaled) else x for x in labels]
         if value.dtype == torch.bool or not value.is_floating_point():
             return torch.ones(shape, dtype=value.dtype, device=value.device)
         return torch.randn(shape, device=value.device).to(value.dtype)

@@ -147,6 +147,8 @@ class Fused(Keep):
         if keys > seen + new:  # a static cache shows its whole length
             keys = seen + new
             k, v = k[:, :, :keys], v[:, :, :keys]
+        if keys < new:
+            return None
         if keys < seen + new and not all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms):
             return None
         if self.site.mask.given:
