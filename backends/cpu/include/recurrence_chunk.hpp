@@ -282,24 +282,21 @@ static void fresh(Scratch& s) {
     s.tabled = 0;
 }
 
-// f(room, i) for i < tasks; each thread has a Room with `more` bytes behind it.
-template <class Room, class F>
-static void parallel(const Call& a, long tasks, long more, F f) {
+// f(room, i) for i < tasks, then the same of the next f; each thread has a Room with `more` bytes
+// behind it.
+template <class Room, class... F>
+static void parallel(const Call& a, long tasks, long more, F... f) {
     const long threads = a.threads < tasks ? a.threads : tasks, size = sizeof(Room) + (more + 63) / 64 * 64;
     static_assert(alignof(Room) == 64);
-    if (threads <= 1) {
-        [[maybe_unused]] Session session;
-        Room* s = (Room*)aligned_alloc(64, size);
-        for (long i = 0; i < tasks; ++i) f(*s, i);
-        free(s);
-        return;
-    }
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         [[maybe_unused]] Session session;
         Room* s = (Room*)aligned_alloc(64, size);
+        auto pass = [&](auto& g) {
 #pragma omp for schedule(dynamic)
-        for (long i = 0; i < tasks; ++i) f(*s, i);
+            for (long i = 0; i < tasks; ++i) g(*s, i);
+        };
+        (pass(f), ...);
         free(s);
     }
 }

@@ -33,7 +33,7 @@ static void kept(const Call& a, long row, long head, long from, long to, float* 
 static void split_forward(const Call& a, float* between) {
     const long heads = a.rows * a.Hkv, size = (long)DK * W, tasks = a.parts, pieces = tasks + 1;
     float* left = (float*)malloc(sizeof(float) * heads * pieces * DK);
-    parallel<Scratch>(a, heads * tasks, 0, [&](Scratch& s, long i) {
+    auto begin = [&](Scratch& s, long i) {
         const long each = i / tasks, piece = i % tasks, row = each / a.Hkv, head = each % a.Hkv;
         const long from = piece_start(a, row, piece, pieces);
         const long to = piece_start(a, row, piece + 1, pieces);
@@ -47,8 +47,8 @@ static void split_forward(const Call& a, float* between) {
             kept(a, row, head, from, to, left + (each * pieces + piece) * DK);
         }
         give_state(s, between + i * size);
-    });
-    parallel<Scratch>(a, heads * tasks, sizeof(float) * size, [&](Scratch& s, long i) {
+    };
+    auto follow = [&](Scratch& s, long i) {
         const long each = i / tasks, piece = i % tasks + 1, row = each / a.Hkv, head = each % a.Hkv;
         float* state = (float*)(&s + 1);
         memcpy(state, between + each * tasks * size, sizeof(float) * size);
@@ -61,7 +61,8 @@ static void split_forward(const Call& a, float* between) {
         run_tokens<true, true>(s, a, row, head, piece_start(a, row, piece, pieces),
                                piece_start(a, row, piece + 1, pieces));
         if (piece == tasks) give_state(s, a.end + each * size);
-    });
+    };
+    parallel<Scratch>(a, heads * tasks, sizeof(float) * size, begin, follow);
     free(left);
 }
 
