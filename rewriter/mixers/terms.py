@@ -9,6 +9,7 @@ the mask tensor itself, so layers that share a mask share the check and it goes 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rewriter.errors import UnsupportedError
 from rewriter.ir.given import has_labels, labels_of
-from rewriter.ir.site import AddTerm, AttentionSite, FillTerm
+from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale
 
 _NOTE = "_attention_rewriter_split"
 _NO_MASK = ("none", "sink")
 _CACHED = 2**17  # mask entries that are looked at together
+_OVERFLOWS = -1e30  # a product of such a number with a small one is -inf
 _NEVER = -1000.0  # a pure mask hides below this: exp(-1000) is 0 in every dtype
 
 
@@ -84,6 +86,48 @@ def split(
         note = _Note(*_valid(site, hiding, seen, new, check=True))
         _remember(tensors, key, note)
     return SplitTerms(note.valid, bias, note.labels)
+
+
+def whole(
+    site: AttentionSite, terms: Sequence[torch.Tensor | None], keys: int
+) -> torch.Tensor | None:
+    """Everything that the terms add to the scores, (1|B, 1|H, 1|Nq, Nk); None if some fill them.
+
+    What is hidden stays as the model wrote it; only values that would overflow are -inf.
+    """
+    parts: list[torch.Tensor] = []
+    for index, term in enumerate(terms):
+        if term is None or site.terms[index] in _NO_MASK:
+            continue
+        added = _added(site, index)
+        if added is None or term.dtype == torch.bool:
+            return None
+        factor = added.factor * _later(site, added)
+        parts.append(_four(term) if factor == 1.0 else _four(term) * factor)
+    total = _align(functools.reduce(torch.add, parts), keys)
+    if float(total.detach().amin()) < _OVERFLOWS:
+        total = total.masked_fill(total < _OVERFLOWS, -torch.inf)
+    return total
+
+
+def keys_seen(
+    site: AttentionSite, terms: Sequence[torch.Tensor | None], keys: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of cross attention: the keys that are no padding, (1|B, Nk) bool or None if all are; bias.
+
+    Raises:
+        UnsupportedError: some queries may see other keys than others.
+    """
+    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] not in _NO_MASK]
+    bias = _bias(site, given, keys) if given else None
+    hiding = [(i, _four(t)) for i, t in given if _hides(site, i, t)]
+    if not hiding:
+        return None, bias
+    shown = _shown(site, hiding, slice(None))
+    valid = shown[:, 0, 0]
+    if bool((shown != valid[:, None, None, :]).any()):
+        raise UnsupportedError(f"'{site.fqn}': the mask passed now differs between its queries")
+    return None if bool(valid.all()) else valid, bias
 
 
 def all_visible(
@@ -193,19 +237,32 @@ def _part(site: AttentionSite, index: int, term: torch.Tensor) -> _Part:
     if fill is not None:
         chosen = term.bool()
         return _Part(chosen if fill.keep else ~chosen, None)
-    added = next((s for s in site.score if isinstance(s, AddTerm) and s.index == index), None)
+    added = _added(site, index)
     if added is None:
         raise UnsupportedError(f"'{site.fqn}': nothing is known about its mask tensor {index}")
     if term.dtype == torch.bool:
         return _Part(term, None)
     if added.factor != 1.0:
         term = term * added.factor
-    if role == "bias":
-        return _Part(None, term)
     if role == "mask":
         return _Part(term > _NEVER, None)
+    factor = _later(site, added)
+    bias = term if factor == 1.0 else term * factor
+    if role == "bias":
+        return _Part(None, bias)
     allow = term > torch.finfo(term.dtype).min / 2
-    return _Part(allow, torch.where(allow, term, 0.0))
+    return _Part(allow, torch.where(allow, bias, 0.0))
+
+
+def _added(site: AttentionSite, index: int) -> AddTerm | None:
+    """The step that adds a term."""
+    return next((s for s in site.score if isinstance(s, AddTerm) and s.index == index), None)
+
+
+def _later(site: AttentionSite, added: AddTerm) -> float:
+    """What the scores are multiplied by once a term was added."""
+    steps = site.score[site.score.index(added) + 1 :]
+    return math.prod(s.factor for s in steps if isinstance(s, Scale) and s.on == "scores")
 
 
 def _four(term: torch.Tensor) -> torch.Tensor:

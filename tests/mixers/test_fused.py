@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rewriter.ir.mask import Atom, Causal, KeyPadding, Mask, SymmetricWindow, Window
-from rewriter.ir.site import AttentionSite, FillTerm, Scale, Softcap
+from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale, SinkTerm, Softcap
 from rewriter.mixers.exact.fused import Fused, FusedOptions
 from rewriter.mixers.exact.keep import Keep, KeepOptions
 
@@ -139,7 +139,149 @@ def test_what_needs_the_original_gets_it(served: list[str]) -> None:
 def test_refusals() -> None:
     opaque = make_site(Mask((), "it was not understood"))
     assert "opaque" in (Fused.refuse(opaque, FusedOptions()) or "")
-    biased = make_site(CAUSAL, terms=("bias",), spelling="eager")
-    assert biased.has_bias
-    assert "bias" in (Fused.refuse(biased, FusedOptions()) or "")
+    looking_back = make_site(CAUSAL, cross=True)
+    assert "cross" in (Fused.refuse(looking_back, FusedOptions()) or "")
     assert Fused.refuse(make_site(), FusedOptions()) is None
+
+
+BIASED: dict[str, AttentionSite] = {
+    "bias beside a mask": make_site(
+        spelling="eager",
+        score=(Scale(0.25), AddTerm(0), AddTerm(1)),
+        terms=("mask", "bias"),
+        heads=(4, 2, 16),
+    ),
+    "scaled later": make_site(
+        BOTH_WAYS,
+        spelling="eager",
+        score=(AddTerm(0), AddTerm(1), Scale(0.25)),
+        terms=("mask", "bias"),
+        heads=(4, 2, 16),
+    ),
+    "in one tensor": make_site(spelling="eager", terms=("mask_and_bias",), heads=(4, 2, 16)),
+    "both ways": make_site(BOTH_WAYS, "eager", terms=("mask_and_bias",), heads=(4, 2, 16)),
+}
+
+
+def bias_terms(name: str, valid: Tensor) -> tuple[Tensor, ...]:
+    site = BIASED[name]
+    bias = torch.randn(1, 4, N, N, generator=torch.Generator().manual_seed(3))
+    mask = mask_for(site, valid)
+    mask = mask if mask.is_floating_point() else float_mask(mask)
+    return (mask + bias,) if len(site.terms) == 1 else (mask, bias)
+
+
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_a_bias_enters_the_scores(name: str, padding: str, served: list[str]) -> None:
+    fused, keep = pair(BIASED[name])
+    q, k, v = qkv(BIASED[name], N)
+    valid = every()
+    if padding != "none":
+        valid[1, slice(20, None) if padding == "right" else slice(11)] = False
+    terms = bias_terms(name, valid)
+    got, expected = fused(q, k, v, terms)[0], keep(q, k, v, terms)[0]
+    rows = valid[:, None, :].expand(2, 4, N)
+    torch.testing.assert_close(got[rows], expected[rows], rtol=1e-5, atol=1e-5)
+    # A tensor of mask and bias is added as it is, wherever the padding is.
+    assert served == ([] if padding == "left" and len(terms) == 2 else ["cpu"])
+
+
+def test_hidden_keys_of_any_value_stay_hidden(served: list[str]) -> None:
+    """-inf, the dtype's least number, and a mask of the model's own that the site never had."""
+    site = BIASED["in one tensor"]
+    fused, keep = pair(site)
+    q, k, v = qkv(site, N)
+    bias = torch.randn(1, 4, N, N)
+    for hidden in (-math.inf, torch.finfo(torch.float32).min, -1e9):
+        odd = (torch.arange(N)[:, None] - torch.arange(N)) % 3 == 0
+        terms = (bias.masked_fill(~odd, hidden),)
+        torch.testing.assert_close(
+            fused(q, k, v, terms)[0], keep(q, k, v, terms)[0], rtol=1e-5, atol=1e-5
+        )
+    assert served == ["cpu"] * 3
+
+
+def test_a_trained_bias_gets_its_gradient(served: list[str]) -> None:
+    site = BIASED["bias beside a mask"]
+    results = []
+    for core in pair(site):
+        mask, bias = bias_terms("bias beside a mask", every())
+        tensors = [x.requires_grad_() for x in (*qkv(site, N), bias)]
+        out = core(*tensors[:3], (mask, bias))[0]
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+        results.append(torch.autograd.grad((out * weight).sum(), tensors))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert served == ["cpu"]
+
+
+def test_a_missing_bias_is_left_to_the_original(served: list[str]) -> None:
+    site = BIASED["bias beside a mask"]
+    fused, keep = pair(site)
+    q, k, v = qkv(site, N)
+    assert torch.equal(fused(q, k, v, (None, None))[0], keep(q, k, v, (None, None))[0])
+    assert served == []
+
+
+SUNK = make_site(
+    Mask((*WINDOWED, KeyPadding())),
+    spelling="eager",
+    score=(Scale(0.25), AddTerm(0), SinkTerm(1)),
+    terms=("mask", "sink"),
+    heads=(4, 2, 16),
+)
+
+
+def test_a_sink_takes_its_share_with_and_without_a_cache(served: list[str]) -> None:
+    fused, keep = pair(SUNK, layer=0)
+    q, k, v = qkv(SUNK, N)
+    sink = torch.randn(4).reshape(1, -1, 1, 1)
+    caches = DynamicCache(), DynamicCache()
+    at = 0
+    for new in (30, 1, 1, 1):
+        piece = slice(at, at + new)
+        mask = float_mask(mask_for(SUNK, every(n=at + new), at) == 0)
+        terms = (mask, sink.expand(2, 4, new, 1))
+        outs = [
+            core(q[:, :, piece], k[:, :, piece], v[:, :, piece], terms, cache)[0]
+            for core, cache in zip((fused, keep), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+        at += new
+    assert served == ["cpu"] * 4
+
+
+def test_a_sink_of_every_query_is_left_to_the_original(served: list[str]) -> None:
+    fused, keep = pair(SUNK)
+    q, k, v = qkv(SUNK, N)
+    terms = (mask_for(SUNK, every()), torch.randn(1, 4, N, 1))
+    assert torch.equal(fused(q, k, v, terms)[0], keep(q, k, v, terms)[0])
+    assert served == []
+
+
+@pytest.mark.parametrize("new", [1, 5, 60])
+@pytest.mark.parametrize("spelling", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["no mask", "none", "right", "left"])
+def test_another_sequence(new: int, spelling: str, padding: str, served: list[str]) -> None:
+    site = make_site(Mask((KeyPadding(),)), spelling, heads=(4, 2, 16), cross=True)
+    fused, keep = pair(site)
+    q, (_, k, v) = qkv(site, new)[0], qkv(site, N, seed=1)
+    valid = every()
+    if padding in ("right", "left"):
+        valid[1, slice(20, None) if padding == "right" else slice(11)] = False
+    allow = valid[:, None, None, :]
+    mask = allow if spelling == "sdpa" else float_mask(allow)
+    terms = (None if padding == "no mask" else mask,)
+    got, expected = fused(q, k, v, terms)[0], keep(q, k, v, terms)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert served == ([] if padding == "left" else ["cpu"])
+
+
+def test_a_mask_that_differs_between_queries_of_another_sequence(served: list[str]) -> None:
+    site = make_site(Mask((KeyPadding(),)), heads=(4, 2, 16), cross=True)
+    fused, keep = pair(site)
+    q, (_, k, v) = qkv(site, 5)[0], qkv(site, N, seed=1)
+    allow = (torch.arange(N) - torch.arange(5)[:, None])[None, None] >= 0
+    assert torch.equal(fused(q, k, v, (allow,))[0], keep(q, k, v, (allow,))[0])
+    assert served == []

@@ -1,7 +1,8 @@
 """fused: the original attention on generated kernels, key blocks that its mask hides left out.
 
 The same function as `keep`, with sums in another order: o = softmax(q k^T scale + mask) v, dense or
-sparse as the site's own mask says, K and V read once per group of query heads. Nothing is learned
+sparse as the site's own mask says, K and V read once per group of query heads. Biases (ALiBi,
+relative, of windows), learned sinks and a second sequence enter as they are. Nothing is learned
 and nothing is approximated. A call that the kernels cannot serve exactly (left padding, a custom
 mask, dropout in training, another device) runs as the graph had it. Attention weights that the
 graph hands on are computed if somebody reads them (`deferred`); with gradients, while a graph is
@@ -38,7 +39,7 @@ from rewriter.ir.state import BATCH, HEADS, KEY_DIM, TOKENS, VALUE_DIM
 from rewriter.kv_cache import in_place
 from rewriter.mixers import terms as site_terms
 from rewriter.mixers.base import MixerInfo, MixerOptions, Terms
-from rewriter.mixers.exact import packing
+from rewriter.mixers.exact import packing, reading
 from rewriter.mixers.exact.deferred import DeferredTensor
 from rewriter.mixers.exact.keep import Keep, KeepOptions
 
@@ -61,6 +62,7 @@ class Fused(Keep):
         maths="o = softmax(q k^T scale + mask) v",
         source="flash attention over a block schedule (catalogue: sparse.md K1, K4)",
         directions=frozenset({"causal", "bidirectional"}),
+        cross=True,
     )
     Options = FusedOptions
 
@@ -68,12 +70,8 @@ class Fused(Keep):
     def refuse(cls, site: AttentionSite, options: MixerOptions) -> str | None:
         if site.mask.opaque is not None:
             return f"the mask is opaque ({site.mask.opaque})"
-        if site.has_bias:
-            return "fused has no form for an additive bias of the scores (ALiBi or relative) yet"
-        if site.cross:
-            return "fused has no form for cross attention yet"
-        if site.sinks:
-            return "fused has no form for a learned sink in the softmax yet"
+        if site.cross and site.mask.without_padding().atoms:
+            return "fused has no form for cross attention under a mask other than padding"
         if site.normaliser != "softmax":
             return f"fused computes a softmax, and this block a {site.normaliser}"
         return None
@@ -120,7 +118,7 @@ class Fused(Keep):
             return self._packed(q, k, v, terms, need_weights, cu_seqlens), None
         out = None
         plain = not (self.training and self.site.dropout) and v.dtype in _DTYPES
-        if plain and (not need_weights or _can_wait(q, k, v, seen)):
+        if plain and (not need_weights or _can_wait(q, k, v, seen, self.site.cross)):
             out = self._generated(q, k, v, terms, seen)
         if out is None:
             return super().attend(q, k, v, terms, seen, need_weights)
@@ -143,33 +141,37 @@ class Fused(Keep):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms, seen: int
     ) -> torch.Tensor | None:
         """The outputs, or None where only the original operations are known to be right."""
-        new, keys = q.shape[-2], k.shape[-2]
-        if keys > seen + new:  # a static cache shows its whole length
+        new, keys, cross = q.shape[-2], k.shape[-2], self.site.cross
+        if keys > seen + new and not cross:  # a static cache shows its whole length
             keys = seen + new
             k, v = k[:, :, :keys], v[:, :, :keys]
-        if keys < new:
+        if keys < new and not cross:
             return None
-        if keys < seen + new and not all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms):
+        if keys < seen + new and not cross and not self._relative:
             return None
+        plain = not (self.site.has_bias or self.site.sinks)
         if self.site.mask.given:
-            return None if seen else self._labelled(q, k, v, terms)
+            return None if seen or not plain else self._labelled(q, k, v, terms)
         first = self._first_seen(new, keys)
-        lengths = self._lengths(terms, seen, new, first, keys, q.shape[0])
-        if isinstance(lengths, str):
+        found = reading.read(self.site, terms, seen, new, first, keys, q.shape[0])
+        sinks = reading.sinks_of(self.site, terms)
+        if isinstance(found, str) or (self.site.sinks and sinks is None):
             return None
-        offset = keys - new
-        grad = self._grad(q, k, v)
-        if new == 1 and not grad and lengths is None and first is not None:
-            if first:
-                k, v = k[:, :, first:], v[:, :, first:]
-            kernel = resolve(self._decode, q.device, v.dtype)
-        else:
-            kernel = self._kernel(q, k, v, offset, grad)
+        hooks = {"key_lengths": found.lengths, "bias": found.bias, "sinks": sinks}
+        more = {name: x for name, x in hooks.items() if x is not None}
+        grad = self._grad(q, k, v, *more.values())
+        if new == 1 and not grad and not more.keys() - {"sinks"} and first is not None:
+            decode = resolve(self._decode, q.device, v.dtype)
+            return None if decode.backend == "reference" else _one(decode, q, k, v, first, sinks)
+        kernel = self._kernel(q, k, v, 0 if cross else keys - new, grad, found.mask)
         if kernel.backend == "reference":
             return None
-        more = {} if lengths is None else {"key_lengths": lengths}
         out: torch.Tensor = kernel.run(q, k, v, **more)[0]
         return out
+
+    @property
+    def _relative(self) -> bool:
+        return all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms)
 
     def _labelled(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms
@@ -184,7 +186,9 @@ class Fused(Keep):
         except UnsupportedError:
             return None
         labels = split.labels
-        if labels is None or not (self._packs or split.valid is None or _on_the_right(split.valid)):
+        if labels is None or not (
+            self._packs or split.valid is None or reading.on_the_right(split.valid)
+        ):
             return None
         pieces = self._documents if self._packs else self._groups
         rows: list[torch.Tensor] = []
@@ -268,9 +272,14 @@ class Fused(Keep):
         """Attention of a packed row (see `packing`), whose sequences do not see each other."""
         whole = q.shape[-2] == k.shape[-2] and q.shape[0] == 1
         plain = all(t is None or r == "none" for t, r in zip(terms, self.site.terms, strict=True))
-        relative = all(isinstance(a, _RELATIVE) for a in self.site.mask.atoms)
+        plain = plain and not (self.site.cross or self.site.has_bias or self.site.sinks)
         dropped = self.training and bool(self.site.dropout)
-        if not (whole and plain and relative) or need_weights or dropped or not self._masks_alone():
+        if (
+            not (whole and plain and self._relative)
+            or need_weights
+            or dropped
+            or not reading.masks_alone(self.site)
+        ):
             raise packing.CannotPackError
         kernel = self._kernel(q, k, v, 0, self._grad(q, k, v))
         if v.dtype not in _DTYPES or kernel.backend == "reference":
@@ -294,55 +303,47 @@ class Fused(Keep):
             self.site.scale,
             self.site.softcap,
             offset,
+            self.site.sinks,
+            self.site.has_bias,
         )
         return resolve(spec, q.device, v.dtype, grad)
 
-    def _lengths(
-        self, terms: Terms, seen: int, new: int, first: int | None, keys: int, batch: int
-    ) -> torch.Tensor | str | None:
-        """(B,) int32 key lengths where the padding is on the right, None without padding.
 
-        A string says why the mask tensors cannot be expressed so.
-        """
-        given = [t for i, t in enumerate(terms) if t is not None and self.site.terms[i] != "none"]
-        if not given:
-            return None if self._masks_alone() else "without its mask tensor nothing is hidden"
-        if torch.compiler.is_compiling():
-            return "the values of a mask are not known while a graph is made"
-        if seen:
-            if new == 1 and site_terms.all_visible(self.site, terms, first or 0, keys):
-                return None
-            return "earlier tokens may be padding"
-        try:
-            valid = site_terms.split(self.site, terms, 0, new).of_batch(batch).valid
-        except UnsupportedError as error:
-            return str(error)
-        if valid is None:
-            return None
-        if _on_the_right(valid):
-            return valid.sum(-1, dtype=torch.int32)
-        return "the padding is not on the right"
-
-    def _masks_alone(self) -> bool:
-        """Whether the site's predicate holds without a mask tensor, as `keep` runs it then."""
-        causal = self.site.kind == "causal"
-        flag = self.site.causal_flag or (causal and self.site.spelling == "sdpa")
-        return not self.site.mask.given and (flag or not self.site.mask.without_padding().atoms)
+def _one(
+    kernel: Kernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: int,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One new token; a sink takes its share of the weights afterwards."""
+    if first:
+        k, v = k[:, :, first:], v[:, :, first:]
+    out: torch.Tensor
+    out, lse = kernel.run(q, k, v)
+    if sinks is None:
+        return out
+    share = torch.sigmoid(lse - sinks[:, None])[..., None]
+    return (out.float() * share).to(out.dtype)
 
 
-def _on_the_right(valid: torch.Tensor) -> bool:
-    """Whether all padding of (B, N) is at the end of each row."""
-    steps = torch.arange(valid.shape[-1], device=valid.device)
-    return bool((valid == (steps < valid.sum(-1, keepdim=True))).all())
-
-
-def _can_wait(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: int) -> bool:
+def _can_wait(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: int, cross: bool) -> bool:
     """Whether the attention weights may be computed later: from tensors of this call alone."""
-    return not seen and k.shape[-2] == q.shape[-2] and unwatched(q, k, v)
+    return not seen and (cross or k.shape[-2] == q.shape[-2]) and unwatched(q, k, v)
 
 
 @lru_cache(maxsize=512)
 def _spec(
-    mask: Mask, key_dim: int, value_dim: int, scale: float, softcap: float | None, offset: int
+    mask: Mask,
+    key_dim: int,
+    value_dim: int,
+    scale: float,
+    softcap: float | None,
+    offset: int,
+    sinks: bool,
+    bias: bool,
 ) -> BlockSparse:
-    return BlockSparse(key_dim, value_dim, scale, mask.predicate, softcap, offset=offset)
+    return BlockSparse(
+        key_dim, value_dim, scale, mask.predicate, softcap, sinks=sinks, bias=bias, offset=offset
+    )
