@@ -112,10 +112,10 @@ def _broadcast_bytes(args: Sequence[Any]) -> int:
     """What an elementwise operator on these would fill; 0 if they do not broadcast."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     try:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     except RuntimeError:
         return 0
-    return math.prod(shape) * max((t.element_size() for t in tensors), default=0)
+    return int(math.prod(shape)) * max((t.element_size() for t in tensors), default=0)
 
 
 def _placeholder(node: fx.Node, probe: Probe, view: View) -> torch.Tensor:

@@ -38,7 +38,7 @@ def read(
         first: the first key that one new token sees, where that is known.
         batch: rows.
     """
-    roles = zip(terms, site.terms, strict=True)
+    roles = zip(terms, site.terms, strict=False)  # a caller without any gives none
     given = [t for t, role in roles if t is not None and role not in ("none", "sink")]
     if not given:
         if site.has_bias:
@@ -88,7 +88,7 @@ def on_the_right(valid: torch.Tensor) -> bool:
 
 def sinks_of(site: AttentionSite, terms: Terms) -> torch.Tensor | None:
     """(H,) float32: the logit of every head's sink, or None if it is not one number a head."""
-    given = [t for t, role in zip(terms, site.terms, strict=True) if role == "sink"]
+    given = [t for t, role in zip(terms, site.terms, strict=False) if role == "sink"]
     if len(given) != 1 or given[0] is None:
         return None
     term = given[0][(None,) * (4 - given[0].dim())]
