@@ -125,7 +125,7 @@ def _run(
         assert found.tiles is not None
         run, matrices = found.tiles, 1 if gate is None else 2
         numbers = -(-K // _TILE) * _TILE * found.parts  # of a row or column of tiles
-        band = even_band(M, _BAND // (2 * numbers * matrices), threads)
+        band = even_band(M, min(256, _BAND // (2 * numbers * matrices)), threads)
         block = _rounded(min(max(_TILED // (2 * numbers * matrices), 1), N))
         own = band * (numbers + 2 * _TILE * matrices)
         floats = (block * matrices * numbers + threads * own) // 2
@@ -152,7 +152,7 @@ def _run(
 
 def even_band(rows: int, most: int, threads: int) -> int:
     """Rows of a band of tiles: at most about `most`, and so that threads end at the same time."""
-    most = max(_TILE, min(256, most) // _TILE * _TILE)
+    most = max(_TILE, most // _TILE * _TILE)
     sizes = range(most, max(most // 2, _TILE) - 1, -_TILE)
     longest = {size: -(-rows // (size * threads)) * size for size in sizes}
     return min(_rounded(rows), min(sizes, key=lambda size: (longest[size], -size)))

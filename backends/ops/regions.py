@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from rewriter.backends.cpu import gated_block
 from rewriter.backends.cpu import linear as linears
 from rewriter.backends.cpu import norm as norms
 from rewriter.backends.ops.eager import unwatched
@@ -30,6 +31,23 @@ def gated_linear(
         return linears.gated(x, *up, linears.Gate(*gate, activation))
     out: Tensor = gated_operator(x, *gate, *up, activation)
     return out
+
+
+def whole_gated(
+    x: Tensor,
+    gate: tuple[Tensor, Tensor | None],
+    up: tuple[Tensor, Tensor | None],
+    down: tuple[Tensor, Tensor | None],
+    activation: str,
+) -> Tensor | None:
+    """`gated_linear` and the projection behind it, (..., M), or None where no kernel does both.
+
+    Args:
+        down: weight (M, N) and bias (M) or None; the rest as `gated_linear`.
+    """
+    if not unwatched(x, *gate, *up, *down) or gated_block.decline(x, up[0], down[0]) is not None:
+        return None
+    return gated_block.forward(x, linears.Gate(*gate, activation), *up, *down)
 
 
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, form: norms.NormForm) -> Tensor:

@@ -1,7 +1,8 @@
-"""Gated MLP blocks whose two projections, activation and product run as one kernel.
+"""Gated MLP blocks whose projections, activation and product run as one kernel.
 
-A block is what the matcher of MLP blocks found: its activation is named by evaluation. The down
-projection stays the module that it is.
+A block is what the matcher of MLP blocks found: its activation is named by evaluation. In bfloat16
+the down projection is part of the kernel, unless somebody watches it or the block is too large;
+else it stays the module that it is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.backends.cpu import gated_block
 from rewriter.backends.cpu import linear as generated
-from rewriter.backends.ops.regions import gated_linear
+from rewriter.backends.ops.regions import gated_linear, plain, whole_gated
 from rewriter.ir.mlp import ChannelMap, MlpSite
 from rewriter.passes.exact import fused
 from rewriter.passes.exact.linears import FasterLinear
@@ -25,7 +27,7 @@ HIDDEN = 3 * 2**23  # bytes of hidden activations at a time
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two projections: a module inside the owner and rows of its weight."""
+    """One of the projections: a module inside the owner and rows of its weight."""
 
     module: str
     transposed: bool
@@ -45,24 +47,30 @@ class GatedRegion:
 
     gate: Side
     up: Side
-    down: str
+    down: Side
     activation: str
 
     def tensors(self, owner: nn.Module) -> tuple[torch.Tensor | None, ...]:
         return (*self.gate.read(owner), *self.up.read(owner))
 
     def watched(self, owner: nn.Module) -> Sequence[nn.Module]:
-        down = set(owner.get_submodule(self.down).modules())
+        down = set(owner.get_submodule(self.down.module).modules())
         return [m for m in owner.modules() if m is not owner and m not in down]
 
     def run(self, owner: nn.Module, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate.read(owner), self.up.read(owner)
-        down = owner.get_submodule(self.down)
+        down = owner.get_submodule(self.down.module)
         width = x.shape[-1]
         count = x.numel() // width
-        size = count * gate[0].shape[0] * x.element_size()
-        # Small tensors are kept by the allocator; for large ones it asks for fresh pages each time.
-        parts = min(-(-size // HIDDEN), count) if _by_rows(down) else 1
+        by_rows, parts = _by_rows(down), 1
+        if by_rows:
+            last = self.down.read(owner)
+            if plain(x, *last):
+                whole = whole_gated(x, gate, up, last, self.activation)
+                if whole is not None:
+                    return whole
+            # Small tensors are kept by the allocator; for large ones it asks for fresh pages.
+            parts = min(-(-count * gate[0].shape[0] * x.element_size() // HIDDEN), count)
         if parts <= 1:
             out: torch.Tensor = down(gated_linear(x, gate, up, self.activation))
             return out
@@ -106,9 +114,7 @@ def _planned(owner: nn.Module, site: MlpSite) -> FusedModule:
         if not isinstance(error, str):
             name = f"{site.activation.name} {site.input} {site.hidden} {site.output}"
             name += f" {site.gate_layout} {generated.precision(dtype)}"
-            gains = fused.gains_of(
-                owner, region, site.input, dtype, name, generated.source_of(dtype)
-            )
+            gains = fused.gains_of(owner, region, site.input, dtype, name, _source(dtype))
             if gains:
                 return layer.model_copy(
                     update={"error": error, "gains": gains, "facts": site.to_json()}
@@ -142,6 +148,11 @@ def _unfit(owner: nn.Module, site: MlpSite) -> str | None:
     return None if kernel.tiles is not None else "this processor has no matrix tiles"
 
 
+def _source(dtype: torch.dtype) -> str:
+    whole = gated_block.source_of() if dtype == torch.bfloat16 else ""
+    return generated.source_of(dtype) + whole
+
+
 def _by_rows(down: nn.Module) -> bool:
     """Whether a projection is a plain one that nobody watches, so that it may run several times."""
     kind = type(down)
@@ -163,5 +174,4 @@ def _region(site: MlpSite) -> GatedRegion:
         name = part.module.removeprefix(inside)
         return Side(name, part.transposed, part.rows, part.bias is not None)
 
-    down = site.down.module.removeprefix(inside)
-    return GatedRegion(side(site.gate), side(site.up), down, site.activation.name)
+    return GatedRegion(side(site.gate), side(site.up), side(site.down), site.activation.name)

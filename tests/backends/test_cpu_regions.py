@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewriter.backends.cpu import linear, norm
+from rewriter.backends.cpu import gated_block, linear, norm
 from rewriter.backends.cpu.norm import NormForm
 from rewriter.backends.cpu.target import cpu_flags
 from rewriter.backends.ops import regions
@@ -85,6 +85,67 @@ def test_gated_layers_keep_what_is_not_finite_and_refuse_odd_orders() -> None:
         linear.gated(x[:, :0], up[:, :0], None, linear.Gate(up[:, :0], None, "silu"))
     with pytest.raises(UnsupportedError, match="float64"):
         linear.gated(x.double(), up, None, linear.Gate(gate, None, "silu"))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("activation", linear.GATES)
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "outputs", "bias", "threads"),
+    [(33, 5, 40, 7, True, 1), (300, 33, 700, 96, True, 2), (64, 610, 32, 33, False, 3)],
+)
+def test_whole_gated_blocks_equal_their_parts(
+    activation: str, rows: int, inner: int, columns: int, outputs: int, bias: bool, threads: int
+) -> None:
+    """Not further from float64 than stock torch, which rounds every part."""
+    dtype = torch.bfloat16
+    x = random(2, rows, inner, dtype=dtype)[:1]
+    gate, up = (random(columns, inner, seed=s).to(dtype) / inner**0.5 for s in (1, 2))
+    down = (random(columns, outputs, seed=3).to(dtype) / columns**0.5).t()
+    shifts = [
+        random(n, dtype=dtype, seed=4 + i) if bias else None
+        for i, n in enumerate((columns, columns, outputs))
+    ]
+
+    def block(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *b: Tensor | None) -> Tensor:
+        hidden = FUNCTIONS[activation](F.linear(x, gate, b[0])) * F.linear(x, up, b[1])
+        return F.linear(hidden, down, b[2])
+
+    matrices = (x, gate, up, down)
+    wanted = block(
+        *(t.double() for t in matrices), *(s if s is None else s.double() for s in shifts)
+    )
+    stock = block(*matrices, *shifts).double() - wanted
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = gated_block.forward(
+            x, linear.Gate(gate, shifts[0], activation), up, shifts[1], down, shifts[2]
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert got.dtype == dtype and got.shape == (1, rows, outputs) and got.is_contiguous()
+    error = got.double() - wanted
+    assert float(error.abs().max()) <= ERROR[dtype] * max(1.0, float(wanted.abs().max()))
+    assert float(error.square().mean()) <= 1.1 * float(stock.square().mean())
+
+
+@pytest.mark.usefixtures("tiles")
+def test_whole_gated_blocks_keep_what_is_not_finite_and_decline_others() -> None:
+    x, gate, up, down = (
+        random(*size, dtype=torch.bfloat16) for size in ((70, 20), (7, 20), (7, 20), (9, 7))
+    )
+    x[3, 4] = float("nan")
+    out = gated_block.forward(x, linear.Gate(gate, None, "silu"), up, None, down, None)
+    assert out[3].isnan().all() and out[torch.arange(70) != 3].isfinite().all()
+    assert "few rows" in str(gated_block.decline(x[:3], up, down))
+    assert "bfloat16" in str(gated_block.decline(x.float(), up.float(), down.float()))
+    wide = random(40, 16384, dtype=torch.bfloat16)
+    assert "too large" in str(gated_block.decline(wide, wide, wide.t()))
+    with pytest.raises(UnsupportedError, match="different orders"):
+        turned = linear.Gate(gate.t().contiguous().t(), None, "silu")
+        gated_block.forward(x, turned, up, None, down, None)
+    with pytest.raises(UnsupportedError, match="few rows"):
+        gated_block.forward(x[:3], linear.Gate(gate, None, "silu"), up, None, down, None)
 
 
 @settings(max_examples=30, deadline=None)

@@ -206,6 +206,39 @@ def test_a_whole_model_with_the_policy_exact(tmp_path: Path) -> None:
         assert torch.equal(again(ids).logits, ours(ids).logits)
 
 
+def test_a_bfloat16_block_runs_whole_unless_its_inside_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = Blocks().eval().bfloat16().silu
+    region = gated.GatedRegion(
+        *(gated.Side(name, False, (0, 24, 1), False) for name in ("gate", "up")),
+        gated.Side("down", False, (0, 16, 1), True),
+        "silu",
+    )
+    fused.put(model, region, {"1": 2.0})
+    x = torch.randn(3, 30, 16).bfloat16()
+    parts: list[int] = []
+    product = gated.gated_linear
+
+    def spy(*given: Any) -> Tensor:
+        parts.append(1)
+        return product(*given)
+
+    monkeypatch.setattr(gated, "gated_linear", spy)
+    with torch.no_grad():
+        wanted = super(fused.Fused, model).forward(x)
+        torch.testing.assert_close(model(x), wanted, rtol=2e-2, atol=2e-2)
+        assert not parts
+        seen: list[Tensor] = []
+        handle = model.down.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        torch.testing.assert_close(model(x), wanted, rtol=2e-2, atol=2e-2)
+        handle.remove()
+        assert len(parts) == 1 and seen[0].shape == (3, 30, 24)
+        model(x[:1, :5])  # few rows
+        assert len(parts) == 2
+
+
 def test_many_rows_run_some_at_a_time(changed: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 5, 16)
     seen: list[int] = []
