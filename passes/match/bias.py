@@ -30,12 +30,15 @@ def _linear_in_keys(bias: torch.Tensor, allowed: torch.Tensor) -> bool:
     """Neighbouring visible keys differ by one slope per head."""
     both = (allowed[..., 1:] & allowed[..., :-1]).expand(*bias.shape[:-1], -1)
     steps = (bias[..., 1:] - bias[..., :-1]).double()
+    hidden = ~allowed.expand_as(bias)
+    most = bias.double().masked_fill(hidden, -torch.inf).amax(-1)
+    least = bias.double().masked_fill(hidden, torch.inf).amin(-1)
+    span = float((most - least).max())  # of a row: what all keys of a query share means nothing
     for head, mask in zip(steps, both, strict=True):
         values = head[mask]
         if values.numel() < 2:
             return False
-        span = bias.double().abs().max()
-        if (values - values.mean()).abs().max() > _TOLERANCE * max(float(span), 1e-12):
+        if (values - values.mean()).abs().max() > _TOLERANCE * max(span, 1e-12):
             return False
     slopes = torch.stack([h[m].mean() for h, m in zip(steps, both, strict=True)])
     return bool((slopes != 0).any())

@@ -50,6 +50,12 @@ _FINITE = frozenset(
         "arange",
         "sin",
         "cos",
+        "log_sigmoid",
+        "softplus",
+        "cumsum",
+        "flip",
+        "tril",
+        "triu",
         "upsample_linear1d",
         "upsample_bilinear2d",
         "upsample_bicubic2d",
@@ -112,6 +118,11 @@ def _walk(term: fx.Node, view: View) -> tuple[bool, bool] | None:
         if op(node) in _PICKS:
             picked = True
             stack.append(node.all_input_nodes[0])
+        elif op(node) == "masked_fill":
+            filled = view.constants.scalar(node.args[2])
+            if filled is None or abs(filled) >= _BOUND:
+                return None
+            stack.append(node.all_input_nodes[0])  # which entries are filled changes no bound
         elif view.is_product(node) or _passes(node):
             picked = picked or (op(node) in ("expand", "unsqueeze", "pad") and bool(seen))
             stack.extend(tensor_inputs(node))

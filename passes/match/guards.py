@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, Softcap
+from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, Softcap, TemperatureTerm
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.ops import lends, operand
 
@@ -20,6 +20,8 @@ def late_changes(steps: Sequence[ScoreStep], node: fx.Node) -> Refusal | None:
     for step in steps:
         if masked and isinstance(step, Softcap):
             return Refusal("the soft-cap comes after the mask and brings hidden keys back", node)
+        if masked and isinstance(step, TemperatureTerm):
+            return Refusal("the masked scores are scaled by a learned factor", node)
         if masked and isinstance(step, Scale) and step.factor < _LEAST_LATE_FACTOR:
             return Refusal("the masked scores are scaled so that hidden keys come back", node)
         masked = masked or isinstance(step, AddTerm | FillTerm)

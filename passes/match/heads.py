@@ -14,7 +14,7 @@ from rewriter.passes.match.result import Axis, Layout, Operand
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.layout import forward
-from rewriter.passes.normalise.ops import value
+from rewriter.passes.normalise.ops import op, operand, value
 
 Names = tuple[tuple[Axis, tuple[int, ...]], ...]
 
@@ -74,7 +74,7 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
     if isinstance(shared, Refusal):
         return shared
     batch, head = shared
-    window, head = _windows(chains, draft, axes, head)
+    window, head = _windows(chains, draft, view, head)
     moving = tuple(a for a in head if view.sizes.dynamic(axes.size(a)))
     window, head = (*window, *moving), tuple(a for a in head if a not in moving)
     kv = _kv_heads((*batch, *window), head, chains["key"], chains["value"], axes)
@@ -209,21 +209,31 @@ def _kv_heads(
 
 
 def _windows(
-    chains: Mapping[Side, tuple[Entry, ...]], draft: Draft, axes: Axes, head: tuple[int, ...]
+    chains: Mapping[Side, tuple[Entry, ...]], draft: Draft, view: View, head: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(windows, heads): heads are cut from the channels of a projection, windows from its tokens.
 
-    Where no head was seen in one dimension with channels, nothing tells the two apart.
+    Where no head was seen in one dimension with channels, and none is what a projection gave,
+    nothing tells the two apart.
     """
+    axes = draft.axes
     channels = {*axes.leaves(draft.channel), *axes.leaves(draft.value_channel)}
     apart: set[int] = set()
     for entry in (e for entries in chains.values() for e in entries):
         dims = axes.resolve(entry.labels)
         beside = {a for dim in dims if set(dim) & channels for a in dim}
-        if beside & set(head):
+        projected = bool(dims) and bool(set(dims[-1]) & channels) and _is_projected(entry.node)
+        if beside & set(head) or projected:
             apart |= {a for dim in dims for a in dim if a in head} - beside
     windows = tuple(a for a in head if a in apart)
     return windows, tuple(a for a in head if a not in apart)
+
+
+def _is_projected(node: fx.Node) -> bool:
+    """Whether a node is what a linear layer gave, or a part of its channels."""
+    while op(node) in ("getitem", "chunk", "split", "split_with_sizes", "unsafe_split"):
+        node = operand(node)
+    return op(node) in ("linear", "addmm")
 
 
 def _masked_windows(

@@ -187,14 +187,16 @@ def _factor(query: producers.Upstream, named: Operands, view: View) -> float:
 
 
 def _crosses(core: _Named, view: View) -> bool:
-    """By where queries and keys come from; where that is hidden, by their numbers."""
+    """By their numbers, and where these agree, by where queries and keys come from.
+
+    More keys than queries are a memory beside the tokens, or those of an earlier block.
+    """
+    axes = core.draft.axes
+    if axes.total(core.draft.query_axis) != axes.total(core.draft.key_axis):
+        return True
     if _summed_up(core, "query", view) or _summed_up(core, "key", view):
         return True
-    same = producers.same_source(core.found["query"], core.found["key"], view)
-    if same is None:
-        axes = core.draft.axes
-        same = axes.total(core.draft.query_axis) == axes.total(core.draft.key_axis)
-    return not same
+    return producers.same_source(core.found["query"], core.found["key"], view) is False
 
 
 def _summed_up(core: _Named, side: Literal["query", "key"], view: View) -> bool:

@@ -19,7 +19,15 @@ from rewriter.passes.normalise.ops import op, operand, tensor_inputs, value
 from rewriter.passes.provenance import module_path
 
 _NORMS = frozenset(
-    {"sqrt", "layer_norm", "rms_norm", "_fused_rms_norm", "native_layer_norm", "rsqrt"}
+    {
+        "linalg_vector_norm",
+        "sqrt",
+        "layer_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "native_layer_norm",
+        "rsqrt",
+    }
 )
 _REACH = 80
 

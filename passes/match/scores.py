@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir.site import AddTerm, FillTerm, Scale, ScoreStep, SinkTerm, Softcap
-from rewriter.passes.match.content import is_content
+from rewriter.ir.site import (
+    AddTerm,
+    FillTerm,
+    Scale,
+    ScoreStep,
+    SinkTerm,
+    Softcap,
+    TemperatureTerm,
+)
+from rewriter.passes.match.content import depends_on_input, is_content
 from rewriter.passes.match.draft import Facts, Labelled, Scores, Sink
 from rewriter.passes.match.guards import gates, late_changes
 from rewriter.passes.match.view import Refusal, View
@@ -39,6 +47,7 @@ class _Walk:
     fills: dict[fx.Node, FillTerm] = field(default_factory=dict)
     factors: dict[fx.Node, float] = field(default_factory=dict)
     terms: dict[fx.Node, Labelled] = field(default_factory=dict)
+    warm: dict[fx.Node, bool] = field(default_factory=dict)
     sink: Sink | None = None
     dtype: str | None = None
     softmax: bool = True
@@ -124,12 +133,37 @@ def _scale(walk: _Walk, node: fx.Node) -> Refusal | None:
     main = node.args[0]
     if factor is None and not divide:
         factor, main = walk.view.constants.scalar(node.args[0]), node.args[1]
-    if factor is None or not isinstance(main, fx.Node) or factor == 0.0:
+    if factor is None:
+        return _temperature(walk, node, divide)
+    if not isinstance(main, fx.Node) or factor == 0.0:
         return Refusal("the scores are scaled by something that is no constant", node)
     if not divide and op(strip(main)) == "tanh":
         return _softcap(walk, strip(main), factor)
     walk.steps.append(Scale(factor, divide=divide))
     walk.facts.add(f"scale {1 / factor if divide else factor:g}")
+    walk.node = main
+    return None
+
+
+def _temperature(walk: _Walk, node: fx.Node, divide: bool) -> Refusal | None:
+    """A learned factor that all keys of a query share: one for each head, say."""
+    refusal = Refusal("the scores are scaled by something that is no constant", node)
+    pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    leading = [a for a in pair if leads_to_product(walk.view, a)]
+    if len(pair) != 2 or len(leading) != 1 or (divide and leading[0] is not pair[0]):
+        return refusal
+    main = leading[0]
+    term = pair[1] if main is pair[0] else pair[0]
+    if depends_on_input(term, walk.view) or not walk.softmax:
+        return refusal
+    key = set(walk.axes.leaves(walk.key_axis if walk.sink is None else walk.sink.keys))
+    joined = walk.join(node, term, main)
+    if joined is not None:
+        return joined
+    if key & {a for dim in walk.axes.resolve(walk.terms[node].labels) for a in dim}:
+        return refusal
+    walk.warm[node] = divide
+    walk.facts.add(f"learned factor '{term.name}'")
     walk.node = main
     return None
 
@@ -163,6 +197,8 @@ def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
     if len(pair) != 2:
         return _shift(walk, node, pair)
     leading = [a for a in pair if leads_to_product(walk.view, a)]
+    if len(leading) == 2:
+        leading = [a for a in leading if _of_activations(walk.view, a)] or leading
     if len(leading) == 2:
         leading = [a for a in leading if not is_content(a, walk.view, needs_gather=True)] or leading
     if len(leading) == 2 and op(node) == "sub":
@@ -314,8 +350,10 @@ _RULES: Mapping[str, Callable[[_Walk, fx.Node], Refusal | None]] = {
 }
 
 
-def leads_to_product(view: View, node: fx.Node) -> bool:
-    """True if transparent nodes lead back to a product of two activations."""
+def leads_to_product(
+    view: View, node: fx.Node, fit: Callable[[fx.Node], bool] = lambda item: True
+) -> bool:
+    """True if transparent nodes lead back to a product of two activations that is `fit`."""
     stack, seen = [node], set[fx.Node]()
     while stack:
         item = stack.pop()
@@ -323,12 +361,25 @@ def leads_to_product(view: View, node: fx.Node) -> bool:
             continue
         seen.add(item)
         if view.is_product(item):
-            return True
+            if fit(item):
+                return True
+            continue
         if is_noop(item) or is_cast(item) or regroups(item):
             stack.append(operand(item))  # the other tensor lends its sizes or dtype
         elif op(item) in _RULES:
             stack.extend(n for n in item.all_input_nodes if value(n) is not None)
     return False
+
+
+def _of_activations(view: View, node: fx.Node) -> bool:
+    """True if transparent nodes lead back to a product of two tensors that both depend on the
+    input: queries times a table of positions are a bias."""
+
+    def both(item: fx.Node) -> bool:
+        sides = [n for n in item.all_input_nodes if value(n) is not None]
+        return all(depends_on_input(n, view) for n in sides[-2:])
+
+    return leads_to_product(view, node, both)
 
 
 def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Scores | Refusal:
@@ -364,6 +415,8 @@ def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Sco
         index = len(terms)
         if op(item) == "cat":
             steps.append(SinkTerm(index))
+        elif item in walk.warm:
+            steps.append(TemperatureTerm(index, walk.warm[item]))
         else:
             factor = walk.factors.get(item, 1.0)
             made = FillTerm(index, fill.value, fill.keep) if fill else AddTerm(index, factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -23,7 +23,14 @@ from rewriter.ir.mask import (
     Mask,
     WindowOrSinks,
 )
-from rewriter.ir.site import AddTerm, PositionKind, SinkTerm, TermRole
+from rewriter.ir.site import (
+    AddTerm,
+    PositionKind,
+    ScoreStep,
+    SinkTerm,
+    TemperatureTerm,
+    TermRole,
+)
 from rewriter.passes.match import mask as masks
 from rewriter.passes.match.content import is_content
 from rewriter.passes.match.draft import Draft, Labelled
@@ -38,7 +45,7 @@ from rewriter.passes.match.probes import (
     padding_patterns,
 )
 from rewriter.passes.match.structure import DENSE, Structure
-from rewriter.passes.match.terms import Term, read, term_of
+from rewriter.passes.match.terms import Reading, Term, read, term_of
 from rewriter.passes.match.view import View
 from rewriter.passes.normalise.ops import value
 from rewriter.passes.torch_private import symbolic_expression
@@ -82,8 +89,9 @@ class Semantics:
         terms: list[Term] = []
         content = False
         for index in range(len(named.terms)):
-            if SinkTerm(index) in draft.steps:
-                roles[index] = "sink"
+            other = _ROLES.get(type(next(s for s in draft.steps if _index(s) == index)))
+            if other is not None:
+                roles[index] = other
                 continue
             added = any(isinstance(s, AddTerm) and s.index == index for s in draft.steps)
             if added and is_content(named.terms[index].node, self._view):
@@ -105,6 +113,14 @@ class Semantics:
         for index, role in zip(indices, found.roles, strict=True):
             roles[index] = role
         return Meaning(tuple(roles), found.mask, found.position or position)
+
+
+_ROLES: Mapping[type[ScoreStep], TermRole] = {SinkTerm: "sink", TemperatureTerm: "temperature"}
+
+
+def _index(step: ScoreStep) -> int | None:
+    """Number of the term that a step uses."""
+    return getattr(step, "index", None)
 
 
 def _count(item: Labelled, axis: tuple[int, ...], draft: Draft) -> sympy.Expr:
@@ -139,7 +155,10 @@ class _Evaluation(Structure):
     def meaning(self) -> Meaning:
         view = self.prober.view
         readings = [read(t, self.prober.probe(t, GENERIC), view) for t in self.terms]
-        position = next((r.position for r in readings if r.position is not None), None)
+        kinds = (r.position(self._allowed(readings)) for r in readings)
+        position = next((kind for kind in kinds if kind is not None), None)
+        if position is not None and any(map(self._adds_values, self.terms)):
+            position = "content_bias"
         roles = [r.role for r in readings]
         mask = self.without_padding()
         if mask.opaque is None:
@@ -289,6 +308,25 @@ class _Evaluation(Structure):
                 return "padding does more than hide padded keys"
             taken = taken or not bool(kept.all())
         return taken
+
+    def _allowed(self, readings: Sequence[Reading]) -> torch.Tensor:
+        """(B, H, Nq, Nk) of all terms and the causal flag, at the generic length."""
+        queries, keys = self.prober.counts(self.prober.probe(self.terms[0], GENERIC))
+        seen = Mask(self.atoms).dense(torch.arange(queries), torch.arange(keys))[None, None]
+        for reading in readings:
+            seen = seen & reading.allowed
+        return seen
+
+    def _adds_values(self, term: Term) -> bool:
+        """Whether what a term adds depends on the values of tokens."""
+        if not any(i.kind == "tokens" for i in term.inputs):
+            return False
+        view = self.prober.view
+        plain = read(term, self.prober.probe(term, GENERIC), view).bias
+        others = (read(term, self.prober.probe(term, GENERIC, drawn=d), view) for d in range(2))
+        return plain is not None and any(
+            o.bias is not None and bool((o.bias != plain).any()) for o in others
+        )
 
     def _hides_values(self, term: Term) -> bool:
         """Whether what a term hides depends on its inputs."""

@@ -29,6 +29,9 @@ DENSE = 300
 _LONGEST = 5000
 """Full evaluation where sampling is not possible: 25 million pairs."""
 
+_SHORTEST = 11
+"""No length below is probed, so that no kept tensor of such a size can be one over positions."""
+
 _SAME = frozenset({"contiguous", "clone", "alias", "detach", "to", "_to_copy"})
 """Copies and casts: they hide what their input hides."""
 
@@ -77,7 +80,14 @@ class Structure:
         tables = {n for part in self.parts for n in table_sizes(part, self.prober.view)}
         seen: list[masks.Evaluated] = []
         for length in masks.lengths_to_probe(small, DENSE):
-            found = self._dense(length)
+            shorter = self._tables_below(length) if seen and self.prober.dynamic else ()
+            try:
+                found = self._dense(length)
+            except ProbeError:
+                if not shorter:
+                    raise
+                # No call can be that long either: the kept tensor ends before.
+                found = self._dense_or(shorter[-1], seen[-1])
             if isinstance(found, str):
                 return Mask(opaque=found)
             seen.append(found)
@@ -107,6 +117,14 @@ class Structure:
             elif c <= DENSE:
                 seen.append(self._dense_or(c + 2, seen[-1]))
         return masks.fit(seen, constants) or _UNFIT
+
+    def _tables_below(self, length: int) -> list[int]:
+        """Sizes of kept tensors that a call of this length would need more of."""
+        kept = (
+            self.prober.view.captured.parameter(n.name) for t in self.terms for n in t.part.inputs
+        )
+        sizes = {n for tensor in kept if tensor is not None for n in tensor.shape}
+        return sorted(n for n in sizes if _SHORTEST < n < length)
 
     def _at_table_size(self, size: int) -> masks.Evaluated | str:
         """Everything that a kept tensor of this length holds."""

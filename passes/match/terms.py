@@ -71,12 +71,13 @@ class Reading:
             return "mask_and_bias" if hides else "bias"
         return "mask" if hides else "none"
 
-    @property
-    def position(self) -> PositionKind | None:
-        """The position scheme that the finite part is, if any."""
+    def position(self, allowed: torch.Tensor) -> PositionKind | None:
+        """The position scheme that the finite part is where all terms allow, if any."""
         if self.bias is None:
             return None
-        kind = biases.classify(self.bias[0], self.allowed[0])
+        shapes = self.bias[0].shape, allowed[0].shape[-2:]
+        shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+        kind = biases.classify(self.bias[0].expand(shape), allowed[0, :1])
         if kind == "alibi":
             return "alibi"
         return "relative_bias" if kind in ("relative", "dense") else None

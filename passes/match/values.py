@@ -137,8 +137,8 @@ def _product(
 
     value = Labelled(other, renamed(theirs))
     output = Labelled(node, renamed(found.out_labels))
-    summed = {a for dim in value.labels for a in dim} & {a for dim in labels for a in dim}
-    summed = set(axes.leaves(summed)) - {a for d in output.labels for a in axes.leaves(d)}
+    both = (axes.leaves(a for dim in ls for a in dim) for ls in (value.labels, labels))
+    summed = set.intersection(*map(set, both)) - {a for d in output.labels for a in axes.leaves(d)}
     if summed != set(axes.leaves(key_axis)):
         return Refusal("the values are summed over another axis than the softmax runs over", node)
     return value, output

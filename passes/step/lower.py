@@ -99,7 +99,8 @@ def core_of(model: nn.Module, site: AttentionSite, dtype: torch.dtype) -> Core:
     mixer = getattr(owner, "core", None)
     if not isinstance(mixer, Mixer):
         raise UnsupportedStepError(f"the attention of '{site.fqn}' was not rewritten")
-    if mixer.layer is None or site.kind != "causal" or site.has_bias or site.cross or site.sinks:
+    plain = not (site.has_bias or site.cross or site.sinks or site.temperature)
+    if mixer.layer is None or site.kind != "causal" or not plain:
         raise UnsupportedStepError(f"the attention of '{site.fqn}' is no plain cached attention")
     if not isinstance(mixer, Keep):
         if mixer.needs_hidden:
@@ -301,6 +302,8 @@ class _Lowering:
             "channel": -1,
         }
         axes: list[Axis] = [axis for dim in operand.layout.dims for axis in dim]
+        if "window" in axes:
+            raise UnsupportedStepError(f"the attention of '{site.fqn}' is one of windows")
         split = self.emit.reshaped(x, [sizes[a] for a in axes])
         for n in reversed(range(len(axes))):
             if axes[n] == "token":

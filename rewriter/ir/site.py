@@ -119,12 +119,24 @@ class SinkTerm(ScoreStep):
     name: ClassVar[str] = "sink"
 
 
+@dataclass(frozen=True)
+class TemperatureTerm(ScoreStep):
+    """scores times terms[index], or divided by it, which broadcasts to (B, H, Nq, 1).
+
+    It is learned, so it is no constant; all keys of a query share it.
+    """
+
+    index: int
+    divide: bool = False
+    name: ClassVar[str] = "temperature"
+
+
 STEPS: Mapping[str, type[ScoreStep]] = {
-    s.name: s for s in (Scale, Softcap, AddTerm, FillTerm, SinkTerm)
+    s.name: s for s in (Scale, Softcap, AddTerm, FillTerm, SinkTerm, TemperatureTerm)
 }
 
 _PLACE = ("slot", "slots", "run", "runs")
-TermRole = Literal["mask", "bias", "mask_and_bias", "sink", "none"]
+TermRole = Literal["mask", "bias", "mask_and_bias", "sink", "temperature", "none"]
 
 
 @dataclass(frozen=True)
@@ -225,6 +237,11 @@ class AttentionSite:
     def sinks(self) -> bool:
         """A learned logit takes part in the softmax and in nothing else."""
         return "sink" in self.terms
+
+    @property
+    def temperature(self) -> TemperatureTerm | None:
+        """The learned factor of the scores, which `scale` leaves out, if there is one."""
+        return next((s for s in self.score if isinstance(s, TemperatureTerm)), None)
 
     @property
     def has_bias(self) -> bool:

@@ -113,6 +113,8 @@ class Mixer(nn.Module):
             return f"{cls.info.name} has no form for cross attention"
         if site.sinks:
             return f"{cls.info.name} has no form for a learned sink in the softmax"
+        if site.temperature is not None:
+            return f"{cls.info.name} has no form for a learned temperature of the scores"
         if cls.info.tier != "distilled" and site.normaliser != "softmax":
             return f"{cls.info.name} computes a softmax, and this block a {site.normaliser}"
         if cls.needs_hidden and not site.hidden_dim:

@@ -22,7 +22,7 @@ from rewriter.ir.given import has_labels, labels_of
 from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale
 
 _NOTE = "_attention_rewriter_split"
-_NO_MASK = ("none", "sink")
+NO_MASK = ("none", "sink", "temperature")
 _CACHED = 2**17  # mask entries that are looked at together
 _OVERFLOWS = -1e30  # a product of such a number with a small one is -inf
 _NEVER = -1000.0  # a pure mask hides below this: exp(-1000) is 0 in every dtype
@@ -70,7 +70,7 @@ def split(
     Raises:
         UnsupportedError: a mask hides or shows other keys than the one the model was traced with.
     """
-    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] not in _NO_MASK]
+    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] not in NO_MASK]
     if not given:
         return SplitTerms(None, None)
     tensors = tuple(t for _, t in given)
@@ -97,7 +97,7 @@ def whole(
     """
     parts: list[torch.Tensor] = []
     for index, term in enumerate(terms):
-        if term is None or site.terms[index] in _NO_MASK:
+        if term is None or site.terms[index] in NO_MASK:
             continue
         added = _added(site, index)
         if added is None or term.dtype == torch.bool:
@@ -118,7 +118,7 @@ def keys_seen(
     Raises:
         UnsupportedError: some queries may see other keys than others.
     """
-    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] not in _NO_MASK]
+    given = [(i, t) for i, t in enumerate(terms) if t is not None and site.terms[i] not in NO_MASK]
     bias = _bias(site, given, keys) if given else None
     hiding = [(i, _four(t)) for i, t in given if _hides(site, i, t)]
     if not hiding:
@@ -135,7 +135,7 @@ def all_visible(
 ) -> bool:
     """Whether the mask tensors of one new token hide none of the keys [first, keys) of any row."""
     for index, term in enumerate(terms):
-        if term is None or site.terms[index] in _NO_MASK:
+        if term is None or site.terms[index] in NO_MASK:
             continue
         allow = _part(site, index, _four(term)).allow
         if allow is not None and not bool(allow[..., first:keys].all()):

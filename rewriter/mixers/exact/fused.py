@@ -72,6 +72,8 @@ class Fused(Keep):
             return f"the mask is opaque ({site.mask.opaque})"
         if site.cross and site.mask.without_padding().atoms:
             return "fused has no form for cross attention under a mask other than padding"
+        if site.temperature is not None and site.softcap is not None:
+            return "fused has no form for a learned temperature beside a soft-cap"
         if site.normaliser != "softmax":
             return f"fused computes a softmax, and this block a {site.normaliser}"
         return None
@@ -117,7 +119,10 @@ class Fused(Keep):
         if cu_seqlens is not None:
             return self._packed(q, k, v, terms, need_weights, cu_seqlens), None
         out = None
-        plain = not (self.training and self.site.dropout) and v.dtype in _DTYPES
+        cached = own is not None and own[0] is not k
+        # More keys than tokens without a cache are a memory beside them, unless it is a sequence.
+        beside = not (cached or self.site.cross) and k.shape[-2] > q.shape[-2] + seen
+        plain = not (self.training and self.site.dropout) and v.dtype in _DTYPES and not beside
         if plain and (not need_weights or _can_wait(q, k, v, seen, self.site.cross)):
             out = self._generated(q, k, v, terms, seen)
         if out is None:
@@ -141,6 +146,10 @@ class Fused(Keep):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: Terms, seen: int
     ) -> torch.Tensor | None:
         """The outputs, or None where only the original operations are known to be right."""
+        warm = self.site.temperature
+        factor = None if warm is None else terms[warm.index]
+        if warm is not None and factor is not None:
+            q = q / factor if warm.divide else q * factor
         new, keys, cross = q.shape[-2], k.shape[-2], self.site.cross
         if keys > seen + new and not cross:  # a static cache shows its whole length
             keys = seen + new

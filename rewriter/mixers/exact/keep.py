@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from rewriter import extension
-from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, Scale, SinkTerm, Softcap
+from rewriter.ir.site import (
+    AddTerm,
+    AttentionSite,
+    FillTerm,
+    Scale,
+    SinkTerm,
+    Softcap,
+    TemperatureTerm,
+)
 from rewriter.ir.state import (
     BATCH,
     HEADS,
@@ -130,6 +138,10 @@ class Keep(Mixer):
                 if term is not None:
                     chosen = ~term.bool() if step.keep else term.bool()
                     scores = scores.masked_fill(chosen, step.value)
+            elif isinstance(step, TemperatureTerm):
+                factor = terms[step.index]
+                if factor is not None:
+                    scores = scores / factor if step.divide else scores * factor
             elif isinstance(step, SinkTerm):
                 sink = terms[step.index]
         if self.site.causal_flag:

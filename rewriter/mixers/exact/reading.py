@@ -39,7 +39,7 @@ def read(
         batch: rows.
     """
     roles = zip(terms, site.terms, strict=False)  # a caller without any gives none
-    given = [t for t, role in roles if t is not None and role not in ("none", "sink")]
+    given = [t for t, role in roles if t is not None and role not in site_terms.NO_MASK]
     if not given:
         if site.has_bias:
             return "the bias is missing"
