@@ -36,12 +36,14 @@ class Leaf:
 class Pattern:
     """Everything about a call that its traced graph depends on, besides tensor sizes and values.
 
-    `weights` says of each core whether it returns attention weights.
+    `weights` says of each core whether it returns attention weights, `silent` whether it gives 0
+    whatever it gets.
     """
 
     leaves: tuple[Leaf, ...]
     training: bool
     weights: tuple[bool, ...]
+    silent: tuple[bool, ...]
 
     def describe(self) -> str:
         parts = [
@@ -105,7 +107,10 @@ def walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def read(
-    named: Mapping[str, Any], training: bool, weights: tuple[bool, ...]
+    named: Mapping[str, Any],
+    training: bool,
+    weights: tuple[bool, ...],
+    silent: tuple[bool, ...],
 ) -> tuple[Pattern, dict[Path, torch.Tensor], Any]:
     """The pattern of a call, its distinct tensors by path, and its cache object (or None)."""
     leaves: list[Leaf] = []
@@ -124,7 +129,7 @@ def read(
             leaves.append(Leaf(path, CACHE, ""))
         else:
             leaves.append(Leaf(path, CONSTANT, _constant(value)))
-    return Pattern(tuple(leaves), training, weights), tensors, cache
+    return Pattern(tuple(leaves), training, weights, silent), tensors, cache
 
 
 _SIMPLE = (str, int, float, bool, type(None), torch.dtype, torch.device)

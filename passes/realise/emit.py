@@ -4,7 +4,8 @@ Everything around the core is kept node for node. Leaf children are called as mo
 that a child replaced later (a LoRA layer, a quantised linear) is honoured; parameters are read
 from the module; sizes are read from the data input of the call, since export may have taken them
 from a mask that is absent later; `view` after the core is `reshape`, since another core may return
-another memory layout. A rotary embedding becomes one call (`rotary.py`).
+another memory layout. A rotary embedding becomes one call (`rotary.py`). The projections of a core
+that gives 0 are left out (`silent.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rewriter.passes.normalise.ops import is_inplace
 from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
 from rewriter.passes.realise.rotary import Rotation, rotations
+from rewriter.passes.realise.silent import of_zeros, outputs_of_zeros, spares_operands, zeros
 
 RULE = "attention_core"
 
@@ -65,12 +67,14 @@ class Replaced:
         match: the core, found in the owner alone.
         weights: the mixer returns attention weights too (only the exact one does).
         terms: how many mask and bias tensors the site has; those absent in this call are None.
+        silent: the mixer gives 0 whatever it gets, so what makes its operands need not run.
     """
 
     name: str
     match: Match
     weights: bool
     terms: int
+    silent: bool = False
 
     @property
     def nodes(self) -> CoreNodes:
@@ -104,6 +108,8 @@ class _Emitter:
         self.dropped: list[str] = []
         self.without_weights: set[Node] = set()
         self.rotations: dict[Node, Rotation] = {}
+        self.quiet: dict[Node, str] = {}
+        self.spared: set[int] = set()
 
     def build(self) -> Emission:
         nodes = list(self.captured.graph_module.graph.nodes)
@@ -117,6 +123,9 @@ class _Emitter:
         self._root_sizes(tensors)
         children = child_calls(self.captured, self.region)
         self.rotations = rotations(n for n in nodes if n not in children)
+        silent = [c.match for c in self.cores.values() if spares_operands(c.silent, c.nodes)]
+        self.quiet = {n: m for match in silent for n, m in outputs_of_zeros(match).items()}
+        self.spared = {id(match) for match in silent}
         for core in self.cores.values():
             if not core.weights:
                 inside = _weight_nodes(core.nodes) | _scores(core.nodes)
@@ -143,9 +152,20 @@ class _Emitter:
             if n.op == "placeholder" and n.name in self.captured.parameters and n.users
         )
         constants = tuple(self.captured.constants[n.name] for n in lifted)
+        lost = read - used - self._spared_parameters()
         return Emission(
-            scope["forward"], code.src, names, constants, used, read - used, tuple(self.dropped)
+            scope["forward"], code.src, names, constants, used, lost, tuple(self.dropped)
         )
+
+    def _spared_parameters(self) -> set[str]:
+        """Names of what only the operands of silent cores are made of."""
+        nodes = set[Node]()
+        for core in self.cores.values():
+            if id(core.match) in self.spared:
+                for operand in (core.nodes.query, core.nodes.key, core.nodes.value):
+                    nodes |= {operand.node} | _ancestors(operand.node)
+        known = self.captured.parameters
+        return {known[n.name] for n in nodes if n.op == "placeholder" and n.name in known}
 
     def _root_sizes(self, tensors: Sequence[Node]) -> None:
         """Map each symbolic size to `x.size(d)` of a data input on the path of a query."""
@@ -174,7 +194,10 @@ class _Emitter:
             return
         child = children.get(node)
         if child is not None:
-            if node is child.output:
+            if node is child.output and child.module == self.quiet.get(child.input):
+                x = self._arg(child.input)
+                self.new[node] = of_zeros(self.graph, child.module, x, child.input)
+            elif node is child.output:
                 self.new[node] = self.graph.call_module(child.module, (self._arg(child.input),), {})
             return
         symbol = _symbol(node.meta.get("val"))
@@ -198,11 +221,18 @@ class _Emitter:
         core, site = replaced.nodes, replaced.match.site
         tokens = self._size_of("token", core.query)
         windows = self._size_of("window", core.query, core.output, *core.terms)
-        operands = []
+        operands: list[Any] = []
+        if id(replaced.match) in self.spared:
+            operands = zeros(self.graph, self._arg(core.hidden), site.heads)
+            self.dropped.append(f"the projections of '{replaced.name}': its output is 0")
         for operand, order, channels in (
-            (core.query, CANONICAL, site.heads.key_dim),
-            (core.key, CANONICAL_KV, site.heads.key_dim),
-            (core.value, CANONICAL_KV, site.heads.value_dim),
+            ()
+            if operands
+            else (
+                (core.query, CANONICAL, site.heads.key_dim),
+                (core.key, CANONICAL_KV, site.heads.key_dim),
+                (core.value, CANONICAL_KV, site.heads.value_dim),
+            )
         ):
             source = self._arg(operand.node)
             operands.append(

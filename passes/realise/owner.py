@@ -132,7 +132,8 @@ class ReEmitted(InPlace):
             site.spelling == "eager" and bool(getattr(core, "provides_weights", False))
             for site, core in zip(state.sites, cores, strict=True)
         )
-        pattern, tensors, cache = read(named, self.training, provides)
+        silent = tuple(bool(getattr(core, "silent", False)) for core in cores)
+        pattern, tensors, cache = read(named, self.training, provides, silent)
         known = state.cache.traced.setdefault(pattern, [])
         # Behind a cache there are fewer queries than keys, and no trace was made like that.
         traced = next((t for t in known if cache is not None or t.limits.fit(tensors)), None)
@@ -206,7 +207,7 @@ def trace(
     """
     where = f"'{state.sites[0].fqn or 'the model'}' called with {pattern.describe()}"
     by_text = _argument_paths(pattern)
-    known = state.cache.captures.setdefault(replace(pattern, weights=()), [])
+    known = state.cache.captures.setdefault(replace(pattern, weights=(), silent=()), [])
     cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
     capture_ = next((c for c in known if cached or c.limits.fit(tensors)), None)
     if capture_ is None:
@@ -217,8 +218,10 @@ def trace(
         emission = emit(
             capture_.captured,
             [
-                Replaced(site.core, capture_.found[site.slot], weights, len(site.terms))
-                for site, weights in zip(state.sites, pattern.weights, strict=True)
+                Replaced(site.core, capture_.found[site.slot], weights, len(site.terms), silent)
+                for site, weights, silent in zip(
+                    state.sites, pattern.weights, pattern.silent, strict=True
+                )
             ],
         )
     except EmissionError as error:

@@ -79,6 +79,8 @@ class Mixer(nn.Module):
         needs_hidden: `mix` reads `Tokens.hidden`; sites that do not know it are refused.
         averages: an output is a weighted mean of values, so one token alone gives its own value.
         reads_keys: outputs depend on keys and values at all.
+        silent: the output is 0 whatever it is given, so that the projections around the core need
+            not run.
         rates: learning rates of own parameters relative to the stage's, by name, where not 1; any
             module inside a mixer may have them too.
     """
@@ -90,6 +92,7 @@ class Mixer(nn.Module):
     needs_hidden: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = True
+    silent: ClassVar[bool] = False
     rates: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):

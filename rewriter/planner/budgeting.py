@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from rewriter.planner.additivity import Additivity, additivity
 from rewriter.planner.device import Device
 from rewriter.planner.knapsack import knapsack
 from rewriter.planner.objective import Objective, Probes
-from rewriter.planner.predict import Use, cache_bytes, core_seconds, predict
+from rewriter.planner.predict import Use, cache_bytes, core_seconds, predict, spared_seconds
 from rewriter.planner.refine import Measured, Picks
 from rewriter.planner.search import SearchOptions, SearchResult, plan_of, search
 from rewriter.planner.space import Candidate, SearchSpace, open_space
@@ -92,6 +94,8 @@ def plan_under(
     trunk: Trunk | None = None,
     examples: Examples | None = None,
     probes: Probes | None = None,
+    journal: Path | None = None,
+    exact_seconds: float | None = None,
     note: Note = lambda text: None,
 ) -> BudgetResult:
     """Search the assignment of least measured loss that the budget allows.
@@ -100,6 +104,9 @@ def plan_under(
         stream: (tokens,) int64 text for the probes; keep the text of the final judgement out.
         device: in place of the one that a budget of latency names.
         trunk: of the model, where it was read already.
+        exact_seconds: measured time of the forward with the exact mixer everywhere, where more than
+            attention runs on generated code; the prediction knows the original's other parts.
+        journal: file in which scores are noted; a search that was stopped goes on from it.
 
     Raises:
         UsageError: the budget cannot be met; the message says by what the cheapest plan exceeds it.
@@ -111,7 +118,7 @@ def plan_under(
     if trunk is None and budget.latency is not None:
         trunk = trunk_of(model, examples)
     candidates = _candidates(budget, sites)
-    costs = _costs(budget, device, trunk, sites)
+    costs = _costs(budget, device, trunk, sites, exact_seconds)
     fixed = {i % len(sites) for i in _checked(budget.never, len(sites))}
     # where the exact mixer cannot serve, the original attention stays
     fixed |= {s.index for s in sites if _exact_use(budget, s).mixer != budget.exact}
@@ -134,7 +141,7 @@ def plan_under(
             "budget, or offer cheaper mixers in 'choices'"
         )
     objective = Objective(stream, probes or Probes())
-    options = SearchOptions(budget.steps, budget.trials, budget.draws)
+    options = SearchOptions(budget.steps, budget.trials, budget.draws, journal=journal)
     found = search(space, objective, room, options, note, kinds=budget.kinds)
     judge = found.judge
     calibrated, harms = additivity(space, objective, judge, options.probes, note)
@@ -159,11 +166,12 @@ def plan_under(
 
 
 def cost_of(budget: Budget, device: Device | None, use: Use) -> float:
-    """Seconds or bytes of one site, as the budget counts."""
+    """Seconds or bytes of one site, as the budget counts; projections that it spares count back."""
     if budget.memory is not None:
         return float(cache_bytes(use, budget.context, budget.batch, budget.dtype))
     assert device is not None
-    return core_seconds(device, use, budget.phase, budget.context, budget.batch, budget.dtype)
+    given = (device, use, budget.phase, budget.context, budget.batch, budget.dtype)
+    return core_seconds(*given) - spared_seconds(*given)
 
 
 def pareto(points: Sequence[tuple[float, Measured]]) -> list[tuple[float, Measured]]:
@@ -175,24 +183,24 @@ def pareto(points: Sequence[tuple[float, Measured]]) -> list[tuple[float, Measur
     return front
 
 
-def uniform(space: SearchSpace, room: float, dear: int, cheap: int) -> Picks:
-    """As many evenly spaced sites with candidate `dear` as `room` allows, the rest with `cheap`.
+def uniform(picks: Sequence[int]) -> Picks:
+    """The same candidates as often as in `picks`, each evenly spread over the sites.
 
-    Args:
-        dear, cheap: numbers of candidates that every site has.
+    Where all sites have the same candidates at the same cost, both cost the same.
     """
-    count = len(space.sites)
-    for full in range(count, -1, -1):
-        picks = [cheap] * count
-        for n in range(full):
-            picks[n * count // full] = dear
-        if space.cost(picks) <= room:
-            return tuple(picks)
-    raise UsageError("not even the cheap candidate everywhere fits the budget")
+    counts = Counter(picks)
+    spread = sorted(
+        ((n + 0.5) / count, pick) for pick, count in counts.items() for n in range(count)
+    )
+    return tuple(pick for _, pick in spread)
 
 
 def _costs(
-    budget: Budget, device: Device | None, trunk: Trunk | None, sites: Sequence[AttentionSite]
+    budget: Budget,
+    device: Device | None,
+    trunk: Trunk | None,
+    sites: Sequence[AttentionSite],
+    measured: float | None,
 ) -> Costs:
     uses = [_exact_use(budget, site) for site in sites]
     if budget.memory is not None:
@@ -209,8 +217,8 @@ def _costs(
         dtype=budget.dtype,
         compiled_step=budget.exact == "fused" and device.measured,
     )
-    around = whole.seconds - whole.cores
-    return Costs(budget.limit.of(whole.seconds), around, whole.seconds)
+    seconds = whole.seconds if measured is None else measured
+    return Costs(budget.limit.of(seconds), seconds - whole.cores, seconds)
 
 
 def _candidates(budget: Budget, sites: Sequence[AttentionSite]) -> list[Candidate]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rewriter.errors import UsageError
 
@@ -40,7 +40,7 @@ def knapsack(
 
     Args:
         harms: of each candidate at each site; infinite means not allowed.
-        costs: likewise, at least 0.
+        costs: likewise; negative where a candidate saves something around its site.
         budget: largest total cost.
         grid: cost units the budget is divided into; integral costs with an integral budget of at
             most `grid` are exact.
@@ -48,6 +48,16 @@ def knapsack(
     Raises:
         UsageError: no assignment fits the budget.
     """
+    least = [min([0.0, *row]) for row in costs]
+    if any(least):
+        shifted = [[c - low for c in row] for row, low in zip(costs, least, strict=True)]
+        try:
+            found = knapsack(harms, shifted, budget - sum(least), grid)
+        except UsageError:
+            raise UsageError(_too_small(costs, budget)) from None
+        return replace(found, cost=found.cost + sum(least))
+    if budget < 0:
+        raise UsageError(_too_small(costs, budget))
     unit = _unit(costs, budget, grid)
     room = round(budget / unit) if unit > 0 else 0
     best = [0.0] + [math.inf] * room

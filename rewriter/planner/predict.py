@@ -19,10 +19,12 @@ import sympy
 from rewriter.ir.mask import Causal, Mask
 from rewriter.ir.site import AttentionSite, HeadGroups, Scale, Source
 from rewriter.ir.state import BATCH, TOKENS
+from rewriter.mixers import registry
 from rewriter.planner.device import CoreTime, Device
 from rewriter.planner.trunk import Trunk
 from rewriter.planner.work import Phase, core_work, state_bytes
 
+_PROJECTIONS = frozenset({"query", "key", "value", "output"})
 WIDTHS: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -86,6 +88,7 @@ def predict(
     )  # fmt: skip
     moved = WIDTHS[dtype] * trunk.elements * batch * rows
     pointwise = 0.0 if step else trunk.calls * move_seconds(device, moved / max(trunk.calls, 1))
+    products -= sum(spared_seconds(device, use, phase, tokens, batch, dtype) for use in uses)
     cores = sum(core_seconds(device, use, phase, tokens, batch, dtype) for use in uses)
     cache = sum(cache_bytes(use, tokens, batch, dtype) for use in uses)
     return Prediction(phase, tokens, products, pointwise, cores, cache)
@@ -136,6 +139,8 @@ def core_seconds(
     device: Device, use: Use, phase: Phase, tokens: int, batch: int = 1, dtype: str = "float32"
 ) -> float:
     """Of the core of one site."""
+    if registry.get(use.mixer).silent:
+        return device.launch
     site = _plain_site(use.site)
     flops, moved = _amounts(use.mixer, _frozen(use.options), site, phase, WIDTHS[dtype])
     mine = float(flops(batch, tokens))
@@ -148,6 +153,34 @@ def core_seconds(
     if not mine or not all(f for _, _, f in points):
         return batch * _between([(n, s) for n, s, _ in points], tokens)
     return mine / _between([(n, f / s) for n, s, f in points], tokens)
+
+
+def spared_seconds(
+    device: Device, use: Use, phase: Phase, tokens: int, batch: int = 1, dtype: str = "float32"
+) -> float:
+    """Of the projections that do not run because the mixer's output is 0 whatever they give.
+
+    Pointwise work that falls away with them (rotations, copies) is not counted.
+    """
+    if not spares_projections(use):
+        return 0.0
+    heads, hidden = use.site.heads, use.site.hidden_dim
+    rows = batch * (tokens if phase == "prefill" else 1)
+    inside = heads.query * heads.value_dim
+    shapes = (
+        (hidden, heads.query * heads.key_dim),
+        (hidden, heads.key_value * heads.key_dim),
+        (hidden, heads.key_value * heads.value_dim),
+        (inside, hidden),
+    )
+    return sum(product_seconds(device, rows, i, o, dtype) for i, o in shapes)
+
+
+def spares_projections(use: Use) -> bool:
+    """Whether a mixer's output is 0 and its projections are known, so that none of them runs."""
+    site = use.site
+    known = bool(site.hidden_dim) and set(site.projections or {}) >= _PROJECTIONS
+    return registry.get(use.mixer).silent and known
 
 
 def measured_core(device: Device, use: Use, phase: Phase) -> bool:

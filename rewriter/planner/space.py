@@ -55,6 +55,12 @@ class CandidateCores(nn.Module):
         self.weights: torch.Tensor | None = None
         self.observer: Observer | None = None
 
+    @property
+    def silent(self) -> bool:
+        """Whether the picked core gives 0 and nobody looks at what it gets."""
+        alone = self.weights is None and self.observer is None
+        return alone and bool(getattr(self.cores[self.pick], "silent", False))
+
     def forward(
         self,
         q: torch.Tensor,

@@ -139,14 +139,41 @@ def test_what_cannot_be_met_says_by_how_much(
         Policy.load({"budget": {"memory": "1 MiB"}, "rules": [{"use": "keep"}]})
 
 
-def test_uniform_placement_spends_what_it_can(
+def test_uniform_placement_has_each_candidate_as_often_evenly_spread() -> None:
+    assert uniform((0, 0, 1, 1, 1, 1)) == (1, 0, 1, 1, 0, 1)
+    assert sorted(uniform((2, 1, 1, 0, 1, 2, 2))) == [0, 1, 1, 1, 2, 2, 2]
+    assert uniform((1, 1, 1)) == (1, 1, 1)
+
+
+def test_a_layer_without_attention_saves_its_projections(
     model: torch.nn.Module, sites: tuple[AttentionSite, ...], stream: torch.Tensor
 ) -> None:
-    found = searched(model, sites, stream, memory="0.7x", trials=0)
-    full, near = (found.space.costs[0][i] for i in (0, 1))
-    assert uniform(found.space, 2 * full + near, 0, 1) == (0, 0, 1)
-    with pytest.raises(UsageError, match="not even"):
-        uniform(found.space, 1.0, 0, 1)
+    device = Device.load("h100-sxm-80gb")
+    trunk = trunk_of(model)
+    exact, dropped = (
+        predict(device, trunk, [Use(s, mixer, {}) for s in sites], "prefill", 4096)
+        for mixer in ("fused", "drop")
+    )
+    around = tuple(m for m in trunk.matrices if m.inputs != 32 or m.outputs not in (16, 32))
+    bare = dataclasses.replace(trunk, matrices=around)
+    assert dropped.products < exact.products
+    assert dropped.products == pytest.approx(
+        predict(device, bare, [], "prefill", 4096).products, rel=1e-6
+    )
+    found = searched(
+        model, sites, stream, latency=0.99 * exact.seconds, trials=0, choices=[{"use": "drop"}]
+    )
+    assert found.predicted <= found.costs.limit
+    assert {d.target for d in found.plan.decisions} <= {"fused", "drop"}
+
+
+def test_a_measured_forward_takes_the_place_of_the_predicted_one(
+    model: torch.nn.Module, sites: tuple[AttentionSite, ...], stream: torch.Tensor
+) -> None:
+    wanted = budget(latency="1x", device="h100-sxm-80gb", trials=0, draws=1)
+    found = plan_under(model, sites, wanted, stream, probes=PROBES, exact_seconds=5.0)
+    assert found.costs.exact == 5.0 and found.costs.limit == 5.0
+    assert found.predicted <= 5.0
 
 
 def test_a_front_drops_what_is_beaten_and_additive_truth_is_recognised() -> None:

@@ -51,8 +51,8 @@ def test_the_knapsack_is_the_best_of_all_assignments(data: st.DataObject) -> Non
     rows = [data.draw(st.integers(1, 3)) for _ in range(sites)]
     value = st.floats(0, 10, allow_nan=False)
     harms = [[data.draw(value) for _ in range(r)] for r in rows]
-    costs = [[float(data.draw(st.integers(0, 6))) for _ in range(r)] for r in rows]
-    budget = float(data.draw(st.integers(0, 20)))
+    costs = [[float(data.draw(st.integers(-3, 6))) for _ in range(r)] for r in rows]
+    budget = float(data.draw(st.integers(-4, 20)))
     every = [
         (sum(h[p] for h, p in zip(harms, picks, strict=True)), picks)
         for picks in itertools.product(*(range(r) for r in rows))

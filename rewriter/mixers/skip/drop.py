@@ -34,6 +34,7 @@ class Drop(Mixer):
     Options = DropOptions
     averages = False
     reads_keys = False
+    silent = True
 
     @classmethod
     def state_spec(cls, site: AttentionSite, options: MixerOptions) -> StateSpec:
@@ -45,4 +46,4 @@ class Drop(Mixer):
 
     def mix(self, x: Tokens) -> tuple[torch.Tensor, State | None]:
         shape = (*x.q.shape[:3], x.v.shape[-1])
-        return x.v.new_zeros(shape), counted(x)
+        return x.v.new_zeros(()).expand(shape), counted(x)
