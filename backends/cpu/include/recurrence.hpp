@@ -241,23 +241,29 @@ struct ChannelDecay {
     alignas(64) float a[CHUNK * DKP], upto[(CHUNK + 1) * DKP], after[CHUNK * DKP];
 
     void set(int n, const float* g, long gs) {
-        for (int c = 0; c < DKP; c += LANES) {
-            vf all = splat(1.0f);
-            store(upto + c, all);
-            for (int i = 0; i < n; ++i) {
-                vf x = load_upto(g + i * gs + c, DK - c);
+        vf all[KV_];
+        UNROLL for (int c = 0; c < KV_; ++c) {
+            all[c] = splat(1.0f);
+            store(upto + c * LANES, all[c]);
+        }
+        for (int i = 0; i < n; ++i)
+            UNROLL for (int c = 0; c < KV_; ++c) {
+                const int at = c * LANES;
+                vf x = load_upto(g + i * gs + at, DK - at);
+                fetch(g + (i + CHUNK) * gs + at);
                 x = select(x < FLOOR, splat(FLOOR), x);
                 vf one = exp_neg(x);
-                store(a + i * DKP + c, one);
-                all = all * one;
-                store(upto + (i + 1) * DKP + c, all);
+                store(a + i * DKP + at, one);
+                all[c] *= one;
+                store(upto + (i + 1) * DKP + at, all[c]);
             }
-            all = splat(1.0f);
-            for (int j = n - 1; j >= 0; --j) {
-                store(after + j * DKP + c, all);
-                all = all * load(a + j * DKP + c);
+        UNROLL for (int c = 0; c < KV_; ++c) all[c] = splat(1.0f);
+        for (int j = n - 1; j >= 0; --j)
+            UNROLL for (int c = 0; c < KV_; ++c) {
+                const int at = j * DKP + c * LANES;
+                store(after + at, all[c]);
+                all[c] *= load(a + at);
             }
-        }
     }
     const float* read() const { return upto + (EXCLUSIVE ? 0 : DKP); }
     const float* whole(int n) const { return upto + n * DKP; }
