@@ -10,11 +10,12 @@ from torch import fx
 from rewriter.ir.site import HeadGroups, Scale
 from rewriter.passes.match.draft import Draft, Labelled, Side
 from rewriter.passes.match.operands import Entry, absorb, chain, factor_upstream, leaves_of
+from rewriter.passes.match.projected import channel_attention, projected_dimension
 from rewriter.passes.match.result import Axis, Layout, Operand
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.layout import forward
-from rewriter.passes.normalise.ops import op, operand, value
+from rewriter.passes.normalise.ops import value
 
 Names = tuple[tuple[Axis, tuple[int, ...]], ...]
 
@@ -70,6 +71,9 @@ def operands(draft: Draft, view: View) -> Operands | Refusal:
         "key": chain(draft.key, view, axes),
         "value": chain(draft.value, view, axes),
     }
+    mixed = channel_attention(draft, chains["query"][-1], view)
+    if mixed is not None:
+        return mixed
     shared = _shared_axes(draft, view)
     if isinstance(shared, Refusal):
         return shared
@@ -222,18 +226,12 @@ def _windows(
     for entry in (e for entries in chains.values() for e in entries):
         dims = axes.resolve(entry.labels)
         beside = {a for dim in dims if set(dim) & channels for a in dim}
-        projected = bool(dims) and bool(set(dims[-1]) & channels) and _is_projected(entry.node)
+        at = projected_dimension(entry.node)
+        projected = at == -1 and bool(set(dims[at]) & channels)
         if beside & set(head) or projected:
             apart |= {a for dim in dims for a in dim if a in head} - beside
     windows = tuple(a for a in head if a in apart)
     return windows, tuple(a for a in head if a not in apart)
-
-
-def _is_projected(node: fx.Node) -> bool:
-    """Whether a node is what a linear layer gave, or a part of its channels."""
-    while op(node) in ("getitem", "chunk", "split", "split_with_sizes", "unsafe_split"):
-        node = operand(node)
-    return op(node) in ("linear", "addmm")
 
 
 def _masked_windows(

@@ -23,13 +23,14 @@ from rewriter.ir.site import (
 from rewriter.passes.match.content import depends_on_input, is_content
 from rewriter.passes.match.draft import Facts, Labelled, Scores, Sink
 from rewriter.passes.match.guards import gates, late_changes
+from rewriter.passes.match.leads import leads_to_product, of_activations
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.axes import Axes, Labels
 from rewriter.passes.normalise.binary import is_binary, line
 from rewriter.passes.normalise.contract import Contraction, contraction
-from rewriter.passes.normalise.layout import backward, regroups
+from rewriter.passes.normalise.layout import backward
 from rewriter.passes.normalise.noops import cast_dtype, is_cast, is_noop, strip
-from rewriter.passes.normalise.ops import arguments, dimension, op, operand, value
+from rewriter.passes.normalise.ops import arguments, dimension, op, operand
 from rewriter.passes.normalise.softmax import Softmax
 
 
@@ -198,7 +199,7 @@ def _add(walk: _Walk, node: fx.Node) -> Refusal | None:
         return _shift(walk, node, pair)
     leading = [a for a in pair if leads_to_product(walk.view, a)]
     if len(leading) == 2:
-        leading = [a for a in leading if _of_activations(walk.view, a)] or leading
+        leading = [a for a in leading if of_activations(walk.view, a)] or leading
     if len(leading) == 2:
         leading = [a for a in leading if not is_content(a, walk.view, needs_gather=True)] or leading
     if len(leading) == 2 and op(node) == "sub":
@@ -348,38 +349,6 @@ _RULES: Mapping[str, Callable[[_Walk, fx.Node], Refusal | None]] = {
     "masked_fill": _fill,
     "where": _fill,
 }
-
-
-def leads_to_product(
-    view: View, node: fx.Node, fit: Callable[[fx.Node], bool] = lambda item: True
-) -> bool:
-    """True if transparent nodes lead back to a product of two activations that is `fit`."""
-    stack, seen = [node], set[fx.Node]()
-    while stack:
-        item = stack.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        if view.is_product(item):
-            if fit(item):
-                return True
-            continue
-        if is_noop(item) or is_cast(item) or regroups(item):
-            stack.append(operand(item))  # the other tensor lends its sizes or dtype
-        elif op(item) in _RULES:
-            stack.extend(n for n in item.all_input_nodes if value(n) is not None)
-    return False
-
-
-def _of_activations(view: View, node: fx.Node) -> bool:
-    """True if transparent nodes lead back to a product of two tensors that both depend on the
-    input: queries times a table of positions are a bias."""
-
-    def both(item: fx.Node) -> bool:
-        sides = [n for n in item.all_input_nodes if value(n) is not None]
-        return all(depends_on_input(n, view) for n in sides[-2:])
-
-    return leads_to_product(view, node, both)
 
 
 def _finish(walk: _Walk, product: Contraction, key_axis: tuple[int, ...]) -> Scores | Refusal:

@@ -83,6 +83,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ),
     ("the scale is no constant", "Multiply the queries with the scale before the call."),
     ("brings hidden keys back", "Apply the soft-cap before the mask."),
+    ("runs over the channels", LEAVE),
     ("scaled by a learned factor", "Multiply the scores by the factor before they are masked."),
     ("hidden keys come back", "Scale the scores before the mask, or fill it with -inf."),
     ("computed from the scores themselves", LEAVE + " Gates and thresholds look like this."),

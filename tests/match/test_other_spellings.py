@@ -224,3 +224,29 @@ def test_a_bias_that_is_kept_and_grows():
     (site,) = sites(Grown(), tokens())
     assert (site.position, site.mask.describe()) == ("alibi", "causal")
     agrees(Grown(), tokens(), lengths((2, 12), (3, 16), (1, 31), (2, 8)))
+
+
+class Channels(nn.Module):
+    """Channels attend to channels over all tokens, projected by a linear map or a convolution."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Conv2d(32, 96, 1) if kind == "conv" else nn.Linear(32, 96)
+        self.factor = nn.Parameter(torch.ones(2, 1, 1)) if kind != "plain" else 0.25
+
+    def forward(self, x):  # (B, 32, 4, 4) or (B, 16, 32)
+        y = self.qkv(x)
+        if self.kind == "conv":
+            q, k, v = (t.reshape(x.shape[0], 2, 16, 16) for t in y.chunk(3, 1))
+        else:
+            q, k, v = (heads(t, 2).mT for t in y.chunk(3, -1))
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return ((q @ k.mT) * self.factor).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear", "plain"])
+def test_attention_among_channels_is_none_of_tokens(kind):
+    x = torch.randn((2, 32, 4, 4) if kind == "conv" else (2, 16, 32))
+    found = rewriter.inspect(Channels(kind).eval(), (x,))
+    assert not found.sites and "not over tokens" in found.misses[0].reason
