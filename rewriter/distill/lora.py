@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from rewriter.distill.config import LogitStage
 from rewriter.distill.copies import rewritten_owners
@@ -58,7 +59,18 @@ def inject_lora(student: nn.Module, options: LogitStage, seed: int) -> dict[str,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, student)
-    for name, parameter in student.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-    return {path: student.get_submodule(path) for path in paths}
+    for name, module in list(student.named_modules()):
+        if ".lora_" in name and isinstance(module, nn.Linear):
+            module.__class__ = _InDtypeOfInput
+            module.weight.data = module.weight.data.float()
+    layers = {path: student.get_submodule(path) for path in paths}
+    for layer in layers.values():
+        layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    return layers
+
+
+class _InDtypeOfInput(nn.Linear):
+    """Float32 weights that are multiplied in the dtype of the model, as under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
