@@ -8,13 +8,16 @@ loop is a `Trainer` whose `compute_loss` calls both models, once with float32 we
 autocast and once with bfloat16 weights, as published conversion scripts do. Rounds take turns;
 medians over steps, the first step of every round left out.
 
-Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher, which
-is the new parameters, their optimiser and the activations of one layer.
+Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher. The
+bound beside it is the new parameters in float32 with gradient and both moments of the optimiser,
+and what the process grows by during forward and backward of one layer alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import statistics
 import tempfile
@@ -35,7 +38,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import rewriter
 from rewriter.checkpoint import open_checkpoint
 from rewriter.distill import Progress, Rows, Silent, distill, packed_corpus, parse_config
-from rewriter.distill.stages import MatchLogits
+from rewriter.distill.stages import MatchLayers, MatchLogits
 
 console = Console()
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -225,12 +228,45 @@ def memory(teacher: nn.Module, student: nn.Module, rows: Rows, options: argparse
         }
     )
     distill(teacher, student, rows, config)  # what is compiled and cached once is not counted
+    new, kept = bound(teacher, student, rows, config)
+    release()
     grown = peak_during(lambda: distill(teacher, student, rows, config))
     owned = sum(p.numel() * p.element_size() for p in teacher.parameters())
     console.print(
         f"layer by layer: {grown / 2**20:.0f} MiB over the loaded teacher "
-        f"({owned / 2**20:.0f} MiB of weights)"
+        f"({owned / 2**20:.0f} MiB of weights); one layer's activations and its optimiser: "
+        f"{(new + kept) / 2**20:.0f} MiB ({new / 2**20:.0f} of new parameters and their "
+        f"optimiser, {kept / 2**20:.0f} of activations)"
     )
+
+
+def bound(teacher: nn.Module, student: nn.Module, rows: Rows, config: Any) -> tuple[int, int]:
+    """Bytes of all new parameters with their optimiser, and of one layer's activations.
+
+    The largest growth among the layers, each with no free memory to take from.
+    """
+    stage = MatchLayers(teacher, student, config)
+    new = 4 * sum(4 * p.numel() for p in stage.core.values())
+    grown: list[int] = []
+    learn = stage._learn
+
+    def watched(*args: Any) -> float:
+        out: list[float] = []
+        release()
+        grown.append(peak_during(lambda: out.append(learn(*args))))
+        return out[0]
+
+    stage._learn = watched  # type: ignore[method-assign]
+    stage.backward(rows.take(torch.tensor([0])), 1.0)
+    return new, max(grown)
+
+
+def release() -> None:
+    """Free memory goes back to the system, so that growth into it is seen."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from rewriter.distill.precision import compute_dtype
 from rewriter.distill.sharding import as_sharded, shard, size, whole
 from rewriter.errors import UsageError
 from rewriter.mixers.base import Mixer
+from rewriter.mixers.placed import mixers_of
 from rewriter.mixers.tokens import Tokens
 from rewriter.passes.compare import first_tensor, tensors_of
 
@@ -94,6 +95,12 @@ def dropping(student: nn.Module, chance: float) -> Iterator[None]:
         yield
 
 
+def _expected(owners: Sequence[nn.Module]) -> int | None:
+    """Calls of these modules in one forward, as their sites say; None where one has no site."""
+    runs = [next((m.site.runs for m in mixers_of(owner).values()), None) for owner in owners]
+    return None if None in runs else sum(n for n in runs if n is not None)
+
+
 class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure
     """Every rewritten module has been called: the rest of the teacher's forward is not needed."""
 
@@ -139,7 +146,9 @@ class MatchLayers:
         self.cores: dict[str, list[Mixer]] = {path: [] for path in self.owners}
         if self.options.attention is not None:
             self._state_attention()
-        self._calls: int | None = None  # calls of rewritten modules in one forward, once known
+        # calls of rewritten modules in one forward, where known: behind the last of them nothing
+        # of the teacher runs, so that its logits, the largest tensor of all, are never made
+        self._calls = _expected(list(self.owners.values()))
 
     def backward(self, rows: Rows, scale: float) -> Losses:
         with dropping(self.student, self.options.drop_window):

@@ -14,7 +14,7 @@ from rewriter import rewrite
 from rewriter.distill import Rows, distill, parse_config
 from rewriter.distill.copies import core_names, rewritten_cores, rewritten_owners
 from rewriter.distill.lora import site_projections
-from rewriter.distill.stages import dropping
+from rewriter.distill.stages import MatchLayers, dropping
 from rewriter.evaluate import kl_to_teacher, without_branch
 
 pytestmark = pytest.mark.usefixtures("generated_kernels")
@@ -123,3 +123,13 @@ def test_training_with_a_dropped_window_teaches_the_far_field(
         with without_branch(student, "window"):
             gaps.append(gap(teacher, student, rows.ids))
     assert gaps[1] < gaps[0]
+
+
+def test_the_layer_stage_never_makes_the_teachers_logits(rewritten: tuple[Any, Any]) -> None:
+    teacher, student = rewritten
+    config = parse_config({"dtype": "float32", "length": 16, "layers": {"steps": 1}})
+    stage = MatchLayers(teacher, student, config)
+    called: list[int] = []
+    stage.teacher.get_submodule("lm_head").register_forward_hook(lambda *_: called.append(1))
+    losses = stage.backward(Rows(token_rows(2, 16)), 1.0)
+    assert len(losses.parts) == 2 and not called
