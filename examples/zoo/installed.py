@@ -137,7 +137,7 @@ _TIMM = (
     _timm("efficientformer_l1", size=224),
     _timm("edgenext_xx_small", size=64, other=3),
     _timm("gcvit_xxtiny", size=64, img_size=64),
-    _timm("davit_tiny", size=64),
+    _timm("davit_tiny", size=64, other=6),
     _timm("hiera_tiny_224", size=64, img_size=64),
     _timm("mvitv2_tiny", size=64, img_size=64),
     _timm("nest_tiny", size=64, img_size=64),

@@ -11,7 +11,7 @@ from rewriter.passes.match.operands import Entry
 from rewriter.passes.match.view import Refusal, View
 from rewriter.passes.normalise.layout import backward
 from rewriter.passes.normalise.linear import CONVOLUTIONS
-from rewriter.passes.normalise.ops import op, operand
+from rewriter.passes.normalise.ops import arguments, dimension, op, operand
 
 
 def channel_attention(draft: Draft, last: Entry, view: View) -> Refusal | None:
@@ -28,6 +28,11 @@ def channel_attention(draft: Draft, last: Entry, view: View) -> Refusal | None:
         step = backward(node, labels, axes, view.sizes)
         if step is not None:
             node, labels = step.source, step.labels
+        elif op(node) == "getitem" and op(operand(node)) == "unbind":
+            parts = operand(node)  # queries, keys and values side by side
+            node = operand(parts)
+            dim = dimension(int(arguments(parts)["dim"]), len(labels) + 1)
+            labels = (*labels[:dim], axes.new(view.sizes.of(node)[dim]), *labels[dim:])
         elif op(node) in _ELEMENTWISE and view.sizes.of(operand(node)) == view.sizes.of(node):
             node = operand(node)
         else:

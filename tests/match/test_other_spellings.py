@@ -239,13 +239,15 @@ class Channels(nn.Module):
         y = self.qkv(x)
         if self.kind == "conv":
             q, k, v = (t.reshape(x.shape[0], 2, 16, 16) for t in y.chunk(3, 1))
+        elif self.kind == "unbound":
+            q, k, v = y.reshape(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 4, 1).unbind(0)
         else:
             q, k, v = (heads(t, 2).mT for t in y.chunk(3, -1))
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         return ((q @ k.mT) * self.factor).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("kind", ["conv", "linear", "plain"])
+@pytest.mark.parametrize("kind", ["conv", "linear", "plain", "unbound"])
 def test_attention_among_channels_is_none_of_tokens(kind):
     x = torch.randn((2, 32, 4, 4) if kind == "conv" else (2, 16, 32))
     found = rewriter.inspect(Channels(kind).eval(), (x,))
