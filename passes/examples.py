@@ -130,7 +130,7 @@ def _for_pairs(model: Any, vocabulary: int, main: str, parameters: frozenset[str
         primary=call(BATCH, LENGTH, SOURCE, False),
         resized=call(BATCH + 1, LENGTH + 4, SOURCE + 4, False),
         variants=variants,
-        cached="past_key_values" in parameters and _fills_a_cache(model),
+        cached={"past_key_values", "use_cache"} <= parameters and _fills_a_cache(model),
         tokens="decoder_input_ids",
         vocabulary=vocabulary,
         source=(main, "attention_mask") if masked else (main,),
@@ -138,11 +138,12 @@ def _for_pairs(model: Any, vocabulary: int, main: str, parameters: frozenset[str
 
 
 def _parameters(model: nn.Module) -> frozenset[str]:
-    """Names that a call may use; some models hand `use_cache` on without naming it."""
+    """Names that a call may use; some decoders hand `use_cache` on without naming it."""
     parameters = inspect.signature(model.forward).parameters
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     config = getattr(model, "config", None)
-    cached = "past_key_values" in parameters and hasattr(config, "use_cache")
+    decoder = "past_key_values" in parameters and "decoder_input_ids" not in parameters
+    cached = decoder and hasattr(config, "use_cache")
     return frozenset({*parameters, *(["use_cache"] if hands_on and cached else [])})
 
 

@@ -27,6 +27,7 @@ from rewriter.passes.realise.children import ChildCall, child_calls
 from rewriter.passes.realise.layouts import CANONICAL, CANONICAL_KV, from_canonical, to_canonical
 from rewriter.passes.realise.rotary import Rotation, rotations
 from rewriter.passes.realise.silent import of_zeros, outputs_of_zeros, spares_operands, zeros
+from rewriter.passes.realise.weights import ancestors, downstream, scores, weight_nodes
 
 RULE = "attention_core"
 
@@ -67,6 +68,7 @@ class Replaced:
         match: the core, found in the owner alone.
         weights: the mixer returns attention weights too (only the exact one does).
         terms: how many mask and bias tensors the site has; those absent in this call are None.
+        places: where the tensors of this call stand among them.
         silent: the mixer gives 0 whatever it gets, so what makes its operands need not run.
     """
 
@@ -74,6 +76,7 @@ class Replaced:
     match: Match
     weights: bool
     terms: int
+    places: tuple[int, ...]
     silent: bool = False
 
     @property
@@ -87,12 +90,6 @@ def emit(captured: Captured, cores: Sequence[Replaced]) -> Emission:
     Raises:
         EmissionError: the graph around a core needs something the new core does not give.
     """
-    for core in cores:
-        present = len(core.nodes.terms)
-        if present not in (0, core.terms):
-            raise EmissionError(
-                f"{present} of {core.terms} mask and bias tensors are present in this call"
-            )
     return _Emitter(captured, cores).build()
 
 
@@ -128,8 +125,8 @@ class _Emitter:
         self.spared = {id(match) for match in silent}
         for core in self.cores.values():
             if not core.weights:
-                inside = _weight_nodes(core.nodes) | _scores(core.nodes)
-                self.without_weights |= _downstream(inside, core.nodes)
+                inside = weight_nodes(core.nodes) | scores(core.nodes)
+                self.without_weights |= downstream(inside, core.nodes)
         for node in nodes:
             self._emit(node, children, cache)
         self.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -163,13 +160,13 @@ class _Emitter:
         for core in self.cores.values():
             if id(core.match) in self.spared:
                 for operand in (core.nodes.query, core.nodes.key, core.nodes.value):
-                    nodes |= {operand.node} | _ancestors(operand.node)
+                    nodes |= {operand.node} | ancestors(operand.node)
         known = self.captured.parameters
         return {known[n.name] for n in nodes if n.op == "placeholder" and n.name in known}
 
     def _root_sizes(self, tensors: Sequence[Node]) -> None:
         """Map each symbolic size to `x.size(d)` of a data input on the path of a query."""
-        upstream = set[Node]().union(*(_ancestors(c.nodes.query.node) for c in self.cores.values()))
+        upstream = set[Node]().union(*(ancestors(c.nodes.query.node) for c in self.cores.values()))
         ordered = sorted(tensors, key=lambda n: (n not in upstream, -_rank(n)))
         for node in ordered:
             if node not in upstream:
@@ -241,16 +238,16 @@ class _Emitter:
                     windows,
                 )
             )
-        terms: list[Any] = [] if core.terms else [None] * replaced.terms
-        for term in core.terms:
+        terms: list[Any] = [None] * replaced.terms
+        for place, term in zip(replaced.places, core.terms, strict=True):
             value = self._arg(term.node)
             if any("window" in dim for dim in term.layout.dims):
-                terms.append(self._of_windows(value, term.layout, operands[0], windows))
+                terms[place] = self._of_windows(value, term.layout, operands[0], windows)
                 continue
             folded = any(len(dim) > 1 for dim in term.layout.dims)
             if folded:
                 value = self.graph.call_method("unflatten", (value, 0, (-1, site.heads.query)))
-            terms.append(value)
+            terms[place] = value
         call = self.graph.call_module(
             replaced.name,
             (*operands, tuple(terms)),
@@ -269,7 +266,7 @@ class _Emitter:
             weights = self.graph.call_function(operator.getitem, (call, 1))
             if any(len(dim) > 1 for dim in core.weights.layout.dims):
                 weights = self.graph.call_method("flatten", (weights, 0, 1))
-            for node in _weight_nodes(core):
+            for node in weight_nodes(core):
                 self.new[node] = weights
 
     def _size_of(self, axis: Axis, *operands: Operand) -> Any:
@@ -363,53 +360,6 @@ def _has_effect(node: Node) -> bool:
 def _is_check(node: Node) -> bool:
     name = str(node.target)
     return node.op == "call_module" or "_assert" in name or "sym_constrain" in name
-
-
-def _ancestors(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
-
-
-def _weight_nodes(core: CoreNodes) -> set[Node]:
-    """The attention weights inside the core, before and after casts and dropout."""
-    if core.weights is None:
-        return set()
-    seen = {core.weights.node}
-    stack = [core.weights.node]
-    while stack:
-        for user in stack.pop().users:
-            if user in core.region and user is not core.output.node and user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return seen
-
-
-def _scores(core: CoreNodes) -> set[Node]:
-    """Nodes inside the core that hold a number for each pair of a query and a key."""
-    weights = _weight_nodes(core)
-    return {
-        n
-        for n in core.region - {core.output.node}
-        if n not in weights and {core.query.node, core.key.node} <= _ancestors(n)
-    }
-
-
-def _downstream(weights: set[Node], core: CoreNodes) -> set[Node]:
-    """The attention weights and the nodes outside the core that depend on them."""
-    seen = set(weights)
-    stack = list(weights)
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen and user not in core.region and user.op != "output":
-                seen.add(user)
-                stack.append(user)
-    return seen
 
 
 def _value(node: Node) -> torch.Tensor:

@@ -33,6 +33,7 @@ from rewriter.passes.realise.calls import (
 )
 from rewriter.passes.realise.emit import Emission, EmissionError, Replaced, emit
 from rewriter.passes.realise.limits import Limits, input_path, limits_of
+from rewriter.passes.realise.origins import Origin, origins, places
 from rewriter.passes.realise.sizes import SizeBook
 from rewriter.passes.realise.subclass import InPlace, become
 from rewriter.passes.records import closed, opened
@@ -71,7 +72,17 @@ class EmissionCache:
     Copies share it: it holds generated code and templates, never parameters.
     """
 
-    def __init__(self, base: type[nn.Module], book: SizeBook, cache_outputs: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        base: type[nn.Module],
+        book: SizeBook,
+        cache_outputs: tuple[int, ...] = (),
+        origins: Mapping[int, tuple[Origin, ...]] | None = None,
+    ):
+        """Args:
+        origins: of all mask and bias tensors of each block, once a call had all of them.
+        """
+        self.origins = dict(origins or {})
         self.base = base
         self.book = book
         self.cache_outputs = cache_outputs
@@ -87,7 +98,7 @@ class EmissionCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Generated functions do not pickle; they are traced again on first use.
-        return EmissionCache, (self.base, self.book, self.cache_outputs)
+        return EmissionCache, (self.base, self.book, self.cache_outputs, self.origins)
 
 
 @dataclass
@@ -218,7 +229,7 @@ def trace(
         emission = emit(
             capture_.captured,
             [
-                Replaced(site.core, capture_.found[site.slot], weights, len(site.terms), silent)
+                _replaced(state, site, capture_, weights, silent)
                 for site, weights, silent in zip(
                     state.sites, pattern.weights, pattern.silent, strict=True
                 )
@@ -229,6 +240,27 @@ def trace(
     inputs = capture_.captured.inputs
     paths = tuple(by_text[input_path(inputs[name])] for name in emission.tensors)
     return Traced(emission, paths, capture_.structure, state.cache.cache_outputs, capture_.limits)
+
+
+def _replaced(
+    state: OwnerState, site: AttentionSite, capture_: Capture, weights: bool, silent: bool
+) -> Replaced:
+    """A core, with what its tensors in this call are; learned from the first call with all.
+
+    Raises:
+        EmissionError: some are absent, and it is not known which.
+    """
+    found, total = capture_.found[site.slot], len(site.terms)
+    here = origins(capture_.captured, found)
+    if len(here) == total:
+        state.cache.origins.setdefault(site.slot, here)
+    known = places(here, state.cache.origins.get(site.slot, ())) if here else ()
+    if known is None:
+        raise EmissionError(
+            f"{len(here)} of {total} mask and bias tensors are present in this call, and it "
+            "cannot be told which"
+        )
+    return Replaced(site.core, found, weights, total, known, silent)
 
 
 def _captured(

@@ -18,6 +18,17 @@ from rewriter.mixers.placed import mixers_of
 from rewriter.passes.examples import Call
 
 
+class UncalledError(VerificationError):
+    """Modules whose new cores never run."""
+
+    def __init__(self, silent: Sequence[str]) -> None:
+        super().__init__(
+            f"the new core of '{silent[0]}' never runs: its container bypasses it, or the model "
+            "always passes a cache whose calls are left to the original code"
+        )
+        self.silent = tuple(silent)
+
+
 @contextmanager
 def _counted(owner: nn.Module, counts: dict[str, int], fqn: str) -> Iterator[None]:
     """Count calls of the cores without hooks, since hooks change which path is taken."""
@@ -58,13 +69,11 @@ def ensure_called(model: nn.Module, owners: Sequence[str], call: Call) -> None:
     """Put a hook on every owner that is bypassed, and check that each core runs.
 
     Raises:
-        VerificationError: a core does not run even so.
+        UncalledError: cores do not run even so.
     """
     for fqn, count in core_calls(model, owners, call).items():
         if count == 0:
             model.get_submodule(fqn).register_forward_pre_hook(_visible)
     silent = [fqn for fqn, n in core_calls(model, owners, call).items() if n == 0]
     if silent:
-        raise VerificationError(
-            f"the rewritten module '{silent[0]}' is never called: its container bypasses it"
-        )
+        raise UncalledError(silent)

@@ -18,6 +18,7 @@ from rewriter.passes.realise import Caches, Target, realise, share_parameters
 from rewriter.passes.realise.cache_probe import new_cache
 from rewriter.passes.realise.calls import Observed, map_leaves, observe, own_caches
 from rewriter.passes.realise.owner import UntracedError
+from rewriter.passes.realise.visibility import UncalledError
 
 M = TypeVar("M", bound=nn.Module)
 EXACT = "keep"
@@ -72,16 +73,29 @@ def prove_sites(
             )
         except UntracedError as error:  # and so would be all layers like it
             like = {s.fqn for s in good if _alike(model, s, error.site)}
-            lost = {s.index for s in good if s.fqn in like}
-            proofs = [replace(p, refusal=str(error)) if p.site.index in lost else p for p in proofs]
-            good = [p.site for p in proofs if p.refusal is None]
-            continue
-        compared = {p.site.index: p for p in _compare(model, identity, good, examples)}
-        proofs = [compared.get(p.site.index, p) for p in proofs]
-        left = [p.site for p in proofs if p.refusal is None]
-        if left == good:
-            return identity, proofs
-        good = left
+            proofs = _refused(proofs, like, str(error))
+        except UncalledError as error:
+            proofs = _refused(proofs, set(error.silent), str(error))
+        except RewriterError:
+            raise
+        except Exception as error:  # of the model itself, in whatever it does with its modules
+            reason = f"the model with its attention re-emitted fails with {_line(error)}"
+            proofs = _refused(proofs, {s.fqn for s in good}, reason)
+        else:
+            compared = {p.site.index: p for p in _compare(model, identity, good, examples)}
+            proofs = [compared.get(p.site.index, p) for p in proofs]
+            left = [p.site for p in proofs if p.refusal is None]
+            if left == good:
+                return identity, proofs
+        good = [p.site for p in proofs if p.refusal is None]
+
+
+def _refused(proofs: list[SiteProof], owners: set[str], reason: str) -> list[SiteProof]:
+    """The sites of these owners refused, unless they were already."""
+    return [
+        replace(p, refusal=reason) if p.refusal is None and p.site.fqn in owners else p
+        for p in proofs
+    ]
 
 
 def _alike(model: nn.Module, site: AttentionSite, other: AttentionSite) -> bool:

@@ -6,7 +6,7 @@ attention without a word.
 
 from __future__ import annotations
 
-import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def guard(model: nn.Module, plan: Plan) -> None:
     """Remember the plan, and make `save_pretrained` (if the model has one) go through `save`."""
     model.__dict__[PLAN] = plan
     if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = types.MethodType(_save_pretrained, model)
+        model.__dict__["save_pretrained"] = _Save(model)
 
 
 def guarded_plan(model: nn.Module) -> Plan | None:
@@ -31,5 +31,11 @@ def guarded_plan(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def _save_pretrained(model: nn.Module, save_directory: str | Path, **_: Any) -> None:
-    save(model, save_directory, model.__dict__[PLAN], overwrite=True)
+@dataclass(frozen=True, eq=False)
+class _Save:
+    """The method, bound to its model; unlike a bound function it copies and pickles with it."""
+
+    model: nn.Module
+
+    def __call__(self, save_directory: str | Path, **_: Any) -> None:
+        save(self.model, save_directory, self.model.__dict__[PLAN], overwrite=True)

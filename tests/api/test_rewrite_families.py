@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -22,6 +23,10 @@ SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "pad_token_id": 0,
 }
+ENCODERS = {
+    # one bias for all calls, and a mask only where there is padding
+    "mpnet": lambda: hf.MPNetForMaskedLM(hf.MPNetConfig(**SMALL)),
+}
 FAMILIES = {
     # hands `use_cache` on without naming it, and fills a cache unless told not to
     "granitemoe": lambda: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**SMALL)),
@@ -32,7 +37,7 @@ FAMILIES = {
 
 def built(name: str) -> Any:
     torch.manual_seed(0)
-    return FAMILIES[name]().eval()
+    return {**FAMILIES, **ENCODERS}[name]().eval()
 
 
 def ids_of(batch: int, length: int) -> torch.Tensor:
@@ -61,3 +66,20 @@ def test_a_cache_is_filled_once_for_each_token(name: str) -> None:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids_of(1, 9), **options)
     assert torch.equal(result.generate(ids_of(1, 9), **options), expected)
+
+
+@pytest.mark.parametrize("policy", [{"rules": [{"use": "keep"}]}, "exact"])
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_a_mask_that_is_there_only_with_padding(name: str, policy: Any) -> None:
+    model = built(name)
+    result = rewriter.rewrite(model, policy, verify="none")
+    assert [d.status for d in rewriter.report_of(result).plan.decisions] == ["done", "done"]
+    mask = torch.ones(3, 23, dtype=torch.long)
+    mask[1, 11:] = 0
+    for copied in (result, pickle.loads(pickle.dumps(result))):
+        with torch.no_grad():
+            for more in ({}, {"attention_mask": mask}, {"attention_mask": torch.ones_like(mask)}):
+                got = copied(input_ids=ids_of(3, 23), **more).logits
+                expected = model(input_ids=ids_of(3, 23), **more).logits
+                assert torch.equal(got[0], expected[0]) or policy == "exact"
+                torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)

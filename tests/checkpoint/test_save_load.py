@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,10 +151,11 @@ def test_unaware_loader_with_the_right_config_fails_too(tmp_path: Path) -> None:
         LlamaForCausalLM.from_pretrained(tmp_path / "out", config=model.config)
 
 
-def test_loaded_model_saves_itself_guarded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_loaded_model_saves_itself_guarded(copied: Any, tmp_path: Path) -> None:
     model, plan = rewritten_llama()
     save(model, tmp_path / "out", plan)
-    loaded = copy.deepcopy(load(tmp_path / "out", apply_plan=apply_plan))
+    loaded = copied(load(tmp_path / "out", apply_plan=apply_plan))
     with torch.no_grad():
         loaded.get_parameter("model.norm.weight").mul_(2)
     loaded.save_pretrained(tmp_path / "again")
