@@ -78,3 +78,30 @@ def test_a_projection_that_is_four_percent_off(
     output.weight = nn.Parameter(output.weight.detach() * factor)
     results = list(check_exact(model, rewritten, [Target(site, "fused", {})], examples()))
     assert bool(failed(results)) == fails
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(1.0, False), (1.0003, True)])
+def test_float32_that_rounds_is_held_against_float64(factor: float, fails: bool) -> None:
+    """Gradients that nearly cancel differ by the order of sums alone; a wrong weight is caught."""
+    torch.manual_seed(0)
+    plain = sharpen(hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)), 100.0).eval()
+    rewritten = rewriter.rewrite(plain, {"rules": [{"use": "keep"}]}, verify="none")
+    site = rewriter.report_of(rewritten).sites[0]
+    owner = rewritten.get_submodule(site.fqn)
+
+    class Ordered(nn.Module):
+        """The same sums in another order."""
+
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.weight = inner.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (
+                x[..., ::2] @ self.weight[:, ::2].t() + x[..., 1::2] @ self.weight[:, 1::2].t()
+            ) * factor
+
+    owner.q_proj = Ordered(owner.q_proj)
+    (result,) = check_exact(plain, rewritten, [Target(site, "fused", {})], examples())
+    assert (result.outcome == "fail") == fails
+    assert "fp64" in result.detail
