@@ -190,6 +190,39 @@ def _embedding(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: tor
                  rows=index.numel, width=width, step=table.strides[0])  # fmt: skip
 
 
+def _repeat(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    x, times = args
+    more = len(times) - len(x.shape)
+    old = (1,) * more + x.shape
+    if any(n != 1 and r != 1 for n, r in zip(old, times, strict=True)):
+        raise UnsupportedStepError("a repetition of more than one entry")
+    return v.expanded(x, [n * r for n, r in zip(old, times, strict=True)])
+
+
+def _interleaved(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Every entry along a dimension several times in a row."""
+    x, times = args[:2]
+    dim = kw.get("dim", args[2] if len(args) > 2 else None)
+    if dim is None:
+        raise UnsupportedStepError("a repetition of all entries")
+    dim %= len(x.shape)
+    wide = (*x.shape[: dim + 1], times, *x.shape[dim + 1 :])
+    flat = (*x.shape[:dim], x.shape[dim] * times, *x.shape[dim + 1 :])
+    return e.reshaped(v.expanded(v.unsqueezed(x, dim + 1), wide), flat)
+
+
+def _gather(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Whole rows of a table of parameters, the same one for the whole batch."""
+    table, dim, index = args
+    shared = len(table.shape) == 3 and (table.shape[0] == 1 or table.strides[0] == 0)
+    rows = len(index.shape) == 3 and index.strides[2] == 0 and index.shape[2] == table.shape[-1]
+    if not (dim in (1, -2) and shared and rows and table.strides[2] == 1):
+        raise UnsupportedStepError("gathering anything but rows of a table")
+    flat = replace(table, shape=table.shape[1:], strides=table.strides[1:])
+    one = replace(index, shape=index.shape[:2], strides=index.strides[:2])
+    return _embedding(e, (flat, one), kw, dtype)
+
+
 def _addmm(e: Emit, args: tuple[Any, ...], kw: Mapping[str, Any], dtype: torch.dtype) -> Any:
     if kw.get("alpha", 1) != 1 or kw.get("beta", 1) != 1:
         raise UnsupportedStepError("addmm with factors")
@@ -289,6 +322,9 @@ RULES: dict[str, Rule] = {
     "aten.layer_norm.default": _norm("layer_norm"),
     "aten.rms_norm.default": _norm("rms_norm"),
     "aten.embedding.default": _embedding,
+    "aten.gather.default": _gather,
+    "aten.repeat.default": _repeat,
+    "aten.repeat_interleave.self_int": _interleaved,
     "aten.linear.default": lambda e, a, kw, d: e.linear(a[0], a[1], (*a, None)[2], d),
     "aten.addmm.default": _addmm,
     "aten.matmul.default": _matmul,
