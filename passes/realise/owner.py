@@ -146,7 +146,8 @@ class ReEmitted(InPlace):
         silent = tuple(bool(getattr(core, "silent", False)) for core in cores)
         pattern, tensors, cache = read(named, self.training, provides, silent)
         known = state.cache.traced.setdefault(pattern, [])
-        traced = next((t for t in known if t.limits.fit(tensors, cache is not None)), None)
+        # Behind a cache there are fewer queries than keys, and no trace was made like that.
+        traced = next((t for t in known if cache is not None or t.limits.fit(tensors)), None)
         if traced is None:
             try:
                 traced = trace(self, state, named, pattern, tensors)
@@ -219,7 +220,7 @@ def trace(
     by_text = _argument_paths(pattern)
     known = state.cache.captures.setdefault(replace(pattern, weights=(), silent=()), [])
     cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
-    capture_ = next((c for c in known if c.limits.fit(tensors, cached)), None)
+    capture_ = next((c for c in known if cached or c.limits.fit(tensors)), None)
     if capture_ is None:
         again = bool(known)
         capture_ = _captured(owner, state, named, tensors, by_text, where, again, cached)
@@ -286,11 +287,11 @@ def _captured(
     book = state.cache.book
     if not again:
         found = _alone(owner, state, book.generic(named, tensors), paths, where)
-        if found.limits.fit(tensors, cached):
+        if cached or found.limits.fit(tensors):
             return found
     for template in (book.generic(named, tensors, own=True), named):
         found = _alone(owner, state, template, paths, where)
-        if found.limits.fit(tensors, cached):
+        if found.limits.fit(tensors):
             return found
     reason = f"cannot trace {where}: its code is made for other sizes than those of this call"
     raise UntracedError(state.sites[0], reason)
