@@ -94,6 +94,7 @@ def realise(
     layers = cache_layers(model, owners, examples)
     sizes = (call_sizes(examples.primary), call_sizes(examples.resized))
     caches = {} if caches is None else caches
+    unknown = False
     for fqn, members in by_owner.items():
         sites = [t.site for t in members]
         _runs_as_found(sites[0], first[fqn])
@@ -117,8 +118,9 @@ def realise(
             for t in sorted(members, key=lambda t: t.site.slot)
         ]
         make_owner(owner, cores, caches[key])
+        unknown |= any(len(s.terms) > 1 and s.slot not in caches[key].origins for s in sites)
     padded = examples.variants.get("left padding")
-    if padded is not None and any(len(t.site.terms) > 1 for t in targets):
+    if padded is not None and unknown:
         # A call without padding may come without its mask; which term is which shows in this one.
         with torch.no_grad():
             model(*padded.args, **padded.kwargs)

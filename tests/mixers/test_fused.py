@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -97,16 +98,22 @@ def test_with_a_cache(name: str, masked: bool, served: list[str]) -> None:
     assert served == ["cpu"] * (6 - fallback.get((name, masked), 0))
 
 
-def test_gradients_equal(served: list[str]) -> None:
-    site = SITES["causal"]
+def gradients_agree(
+    site: AttentionSite, terms: tuple[Tensor | None, ...], trained: Sequence[Tensor] = ()
+) -> None:
+    """Those of q, k, v and of `trained`, which are among the terms."""
     results = []
     for core in pair(site):
-        tensors = [x.requires_grad_() for x in qkv(site, N)]
-        out = core(*tensors, (None,))[0]
+        tensors = [x.requires_grad_() for x in (*qkv(site, N), *trained)]
+        out = core(*tensors[:3], terms)[0]
         weight = torch.linspace(-1, 1, out.numel()).view_as(out)
         results.append(torch.autograd.grad((out * weight).sum(), tensors))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_equal(served: list[str]) -> None:
+    gradients_agree(SITES["causal"], (None,))
     assert served == ["cpu"]
 
 
@@ -203,16 +210,8 @@ def test_hidden_keys_of_any_value_stay_hidden(served: list[str]) -> None:
 
 
 def test_a_trained_bias_gets_its_gradient(served: list[str]) -> None:
-    site = BIASED["bias beside a mask"]
-    results = []
-    for core in pair(site):
-        mask, bias = bias_terms("bias beside a mask", every())
-        tensors = [x.requires_grad_() for x in (*qkv(site, N), bias)]
-        out = core(*tensors[:3], (mask, bias))[0]
-        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
-        results.append(torch.autograd.grad((out * weight).sum(), tensors))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    mask, bias = bias_terms("bias beside a mask", every())
+    gradients_agree(BIASED["bias beside a mask"], (mask, bias), [bias])
     assert served == ["cpu"]
 
 

@@ -51,12 +51,7 @@ struct Ahead {
 template <class Write>
 static ALWAYS_INLINE void near_sums(const char* a, const char* b, long steps, float* c, bool first,
                                     Write& write, Ahead& ahead, int lines) {
-    if (first) {
-        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    } else {
-        tile_load<0>(c, BLOCK * 4), tile_load<1>(c + TILE, BLOCK * 4);
-        tile_load<2>(c + TILE * BLOCK, BLOCK * 4), tile_load<3>(c + TILE * BLOCK + TILE, BLOCK * 4);
-    }
+    begin_sums(c, first);
     const int each = int((BLOCK + steps - 1) / steps);
     for (long s = 0; s < steps; ++s, a += STEP, b += STEP) {
         load_two_tiles<4>(a), load_two_tiles<6>(b), multiply_four();

@@ -149,18 +149,23 @@ template <int F> static void write_rest(const Call& c, Finished& before) {
     while (before.next < before.rows) write_row<F>(c, before);
 }
 
-// 32 x 32 sums over some steps of K, onto c or, at first, from 0. Both operands are in L2, which is
-// near enough. The products of small parts go first, in an order that loads least. The multiplier
-// works for 64 cycles and more on a step, and meanwhile rows of the block before are written.
-template <int F>
-static ALWAYS_INLINE void sums_of(const Call& call, const char* a, const char* b, long steps,
-                                  float* c, bool first, Finished& before, const io_t* y) {
+// Four tiles of sums: what is in c or, at first, zeros.
+static ALWAYS_INLINE void begin_sums(const float* c, bool first) {
     if (first) {
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     } else {
         tile_load<0>(c, BLOCK * 4), tile_load<1>(c + TILE, BLOCK * 4);
         tile_load<2>(c + TILE * BLOCK, BLOCK * 4), tile_load<3>(c + TILE * BLOCK + TILE, BLOCK * 4);
     }
+}
+
+// 32 x 32 sums over some steps of K, onto c or, at first, from 0. Both operands are in L2, which is
+// near enough. The products of small parts go first, in an order that loads least. The multiplier
+// works for 64 cycles and more on a step, and meanwhile rows of the block before are written.
+template <int F>
+static ALWAYS_INLINE void sums_of(const Call& call, const char* a, const char* b, long steps,
+                                  float* c, bool first, Finished& before, const io_t* y) {
+    begin_sums(c, first);
     const int each = int((BLOCK + steps - 1) / steps);
     for (long s = 0; s < steps; ++s, a += STEP, b += STEP) {
         auto rows = [&](int part) INLINE_LAMBDA { load_two_tiles<4>(a + part * PART); };
