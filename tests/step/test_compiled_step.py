@@ -104,6 +104,14 @@ def test_the_same_tokens(name: str, dtype: torch.dtype) -> None:
     ours = rewritten(model)
     compare(model, ours, prompt(), LIMITS[dtype])
     assert decoding_of(ours).startswith("as a compiled step (batch 2)"), decoding_of(ours)
+
+
+def test_rows_gathered_from_a_table_are_part_of_the_step() -> None:
+    """A rotary table repeated for the batch, its rows gathered, each entry twice in a row."""
+    model = build("gptj", torch.float32)
+    ours = rewritten(model)
+    compare(model, ours, prompt(1))
+    assert decoding_of(ours).startswith("as a compiled step (batch 1)"), decoding_of(ours)
     assert steps(ours) >= 10
 
 
