@@ -68,7 +68,8 @@ def _shared(part: str, tiles: bool) -> str:
     text = "#include <cstdlib>\n" + header("recurrence")
     if part == "step":
         return text
-    text += header("recurrence_room") + (header("recurrence_tiles") if tiles else "")
+    text += header("recurrence_products") + header("recurrence_room")
+    text += header("recurrence_tiles") if tiles else ""
     text += header("recurrence_chunk")
     if part == "forward":
         return text

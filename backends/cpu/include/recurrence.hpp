@@ -1,4 +1,4 @@
-// Shared by the recurrence kernels: arguments, decay inside a chunk, triangular products.
+// Shared by the recurrence kernels: arguments, rows of tensors, decay inside a chunk.
 //
 // Constants of the unit: DK, DV, DECAY, CORRECTION, EXCLUSIVE, BONUS, ONES, CAUSAL, CHUNK, SCALE
 // and the type T of q, k, v and the output. Everything else is float; a running sum of g is kept
@@ -89,105 +89,13 @@ template <int D> static ALWAYS_INLINE float dot_part(const float* a, const float
     return sum_lanes(s);
 }
 
-// f(std::integral_constant<int, NV>, column) for panels of NV vectors that cover DP columns.
-template <int DP, class F> static ALWAYS_INLINE void panels(F f) {
-    int c = 0;
-    for (; c + PANEL <= DP; c += PANEL) f(std::integral_constant<int, PANEL_VECTORS>{}, c);
-    if constexpr (DP % PANEL != 0) f(std::integral_constant<int, 1>{}, c);
-}
-
-// f(std::integral_constant<int, M>, row) for tiles of M rows: four heights instead of every one,
-// since each costs compile time per product.
-template <class F> static ALWAYS_INLINE void heights(int M, F f) {
-    int row = 0;
-    for (; M - row >= ROWS && (ROWS == 8 || M - row != 8); row += ROWS)
-        f(std::integral_constant<int, ROWS>{}, row);
-    for (; M - row >= 4; row += 4) f(std::integral_constant<int, 4>{}, row);
-    if (M - row >= 2) {
-        f(std::integral_constant<int, 2>{}, row);
-        row += 2;
-    }
-    if (M - row) f(std::integral_constant<int, 1>{}, row);
-}
-template <int NV, class Start, class Finish>
-static ALWAYS_INLINE void tiles(int M, int K, const float* A, long ars, long acs, const float* B,
-                                long ldb, Start start, Finish finish) {
-    heights(M, [=](auto height, int row) INLINE_LAMBDA {
-        detail::tile<decltype(height)::value, NV>(row, K, A, ars, acs, B, ldb, start, finish);
-    });
-}
-
-// C[M x DP] = finish(row, column, A B): the sums stay in registers until then.
-template <int DP, class Finish>
-static ALWAYS_INLINE void product(int M, int K, const float* A, long ars, long acs, const float* B,
-                                  long ldb, Finish finish) {
-    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        tiles<decltype(nv)::value>(
-            M, K, A, ars, acs, B + c, ldb, [](int, int) INLINE_LAMBDA { return vf{}; },
-            [=](int m, int v, vf sum) INLINE_LAMBDA { finish(m, c + v * LANES, sum); });
-    });
-}
-template <int DP, class Start, class Finish>
-static ALWAYS_INLINE void product_onto(int M, int K, const float* A, long ars, long acs,
-                                       const float* B, long ldb, Start start, Finish finish) {
-    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        tiles<decltype(nv)::value>(
-            M, K, A, ars, acs, B + c, ldb,
-            [=](int m, int v) INLINE_LAMBDA { return start(m, c + v * LANES); },
-            [=](int m, int v, vf sum) INLINE_LAMBDA { finish(m, c + v * LANES, sum); });
-    });
-}
-
-// P[i][j] = finish(i, j, x_i . y_j) for j <= i (strict: j < i), 0 above; yt is y transposed (CP).
-template <int D, bool strict, class Finish>
-static ALWAYS_INLINE void lower(int n, const float* x, long xs, const float* yt, float* P,
-                                Finish finish) {
-    for (int p = 0; p < n; p += PANEL)
-        tiles<PANEL_VECTORS>(
-            n - p, D, x + p * xs, xs, 1, yt + p, CP, [](int, int) INLINE_LAMBDA { return vf{}; },
-            [=](int m, int v, vf sum) INLINE_LAMBDA {
-                int i = p + m, j = p + v * LANES;
-                vi seen = (iota() + j) < (i + (strict ? 0 : 1));
-                store(P + i * CP + j, (vf)(seen & (vi)finish(i, j, sum)));
-            });
-}
-
-constexpr int ROW_BLOCK = 2 * ROWS;
-
-// O[i] += sum_{j <= i} P[i][j] V[j] for n rows.
-template <int DP>
-static ALWAYS_INLINE void add_lower(int n, const float* P, const float* V, long vs, float* O,
-                                    long os) {
-    for (int r = 0; r < n; r += ROW_BLOCK) {
-        int rows = n - r < ROW_BLOCK ? n - r : ROW_BLOCK;
-        float* o = O + r * os;
-        product_onto<DP>(
-            rows, r + rows, P + r * CP, CP, 1, V, vs,
-            [=](int m, int c) INLINE_LAMBDA { return load(o + m * os + c); },
-            [=](int m, int c, vf s) INLINE_LAMBDA { store(o + m * os + c, s); });
-    }
-}
-
-// O[j] += sum_{i >= j} P[i][j] X[i] for n rows.
-template <int DP>
-static ALWAYS_INLINE void add_upper(int n, const float* P, const float* X, long xs, float* O,
-                                    long os) {
-    for (int r = 0; r < n; r += ROW_BLOCK) {
-        int rows = n - r < ROW_BLOCK ? n - r : ROW_BLOCK;
-        float* o = O + r * os;
-        product_onto<DP>(
-            rows, n - r, P + r * CP + r, 1, CP, X + r * xs, xs,
-            [=](int m, int c) INLINE_LAMBDA { return load(o + m * os + c); },
-            [=](int m, int c, vf s) INLINE_LAMBDA { store(o + m * os + c, s); });
-    }
-}
-
 // One decay per token: sums b of g in a chunk; index 0 is before the first token, i + 1 after i.
 struct ScalarDecay {
     alignas(64) float high[CHUNK + 1 + LANES], low[CHUNK + 1 + LANES];
     alignas(64) float read[CP + LANES];   // e^{b of a reader}
     alignas(64) float upto[CP + LANES];   // e^{b_i}
     alignas(64) float after[CP + LANES];  // e^{b_last - b_j}
+    alignas(64) float step[CP + LANES];   // e^{g_i}
     alignas(64) float D[CHUNK * CP];      // e^{b of reader i - b_j}
     // What a correction reads with: e^{b_i - b_j}, untied e^{b_{i - 1} - b_j}; and e^{b_{i - 1}}.
     alignas(64) float E[CHUNK * CP], before[CP + LANES];
@@ -209,6 +117,9 @@ struct ScalarDecay {
         for (int j = 0; j < n; j += LANES) {
             store(after + j, exp_neg(apart(n, j)));
             store(upto + j, exp_neg(load(high + 1 + j) + load(low + 1 + j)));
+            if (ONES)
+                store(step + j, exp_neg((load(high + 1 + j) - load(high + j)) +
+                                        (load(low + 1 + j) - load(low + j))));
             if (CORRECTION == UNTIED) store(before + j, exp_neg(load(high + j) + load(low + j)));
             const int r = j + 1 - EXCLUSIVE;
             store(read + j, exp_neg(load(high + r) + load(low + r)));
@@ -315,73 +226,4 @@ static void channel_lower(int n, const float* x, const float* y, const float* a,
                 }
         }
     }
-}
-
-// Rows of a read: finish(i, column, scale(i) * (x_i S) + sum_{j <= i} P_ij w_j [+ Q_ij u_j]) with
-// the sums in registers throughout. P and Q may be null.
-template <int DP, class Scale, class Finish>
-static ALWAYS_INLINE void read_rows(int n, int K, View x, const float* S, const float* P, View w,
-                                    const float* Q, View u, Scale scale, Finish finish) {
-    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        constexpr int NV = decltype(nv)::value;
-        heights(n, [&](auto height, int row) INLINE_LAMBDA {
-            constexpr int M = decltype(height)::value;
-            vf acc[M][NV];
-            UNROLL for (int m = 0; m < M; ++m)
-                UNROLL for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
-            detail::accumulate<M, NV>(acc, K, x.p + row * x.rs, x.rs, 1, S + c, DP);
-            UNROLL for (int m = 0; m < M; ++m)
-                UNROLL for (int v = 0; v < NV; ++v) acc[m][v] *= scale(row + m);
-            if (P)
-                detail::accumulate<M, NV>(acc, row + M, P + row * CP, CP, 1, w.p + c, w.rs);
-            if (Q)
-                detail::accumulate<M, NV>(acc, row + M, Q + row * CP, CP, 1, u.p + c, u.rs);
-            UNROLL for (int m = 0; m < M; ++m)
-                UNROLL for (int v = 0; v < NV; ++v) finish(row + m, c + v * LANES, acc[m][v]);
-        });
-    });
-}
-
-// X = (1 + M)^-1 X in place, M strictly lower triangular: blocks of rows, each solved in registers.
-template <int DP> static void solve_lower(int n, const float* M, float* X) {
-    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        constexpr int NV = decltype(nv)::value;
-        heights(n, [&](auto height, int row) INLINE_LAMBDA {
-            constexpr int H = decltype(height)::value;
-            float* x = X + row * DP + c;
-            const float* m = M + row * CP;
-            vf acc[H][NV];
-            UNROLL for (int i = 0; i < H; ++i)
-                UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = -load(x + i * DP + v * LANES);
-            detail::accumulate<H, NV>(acc, row, m, CP, 1, X + c, DP);
-            UNROLL for (int j = 0; j < H; ++j)
-                UNROLL for (int i = j + 1; i < H; ++i)
-                    UNROLL for (int v = 0; v < NV; ++v)
-                        acc[i][v] -= m[i * CP + row + j] * acc[j][v];
-            UNROLL for (int i = 0; i < H; ++i)
-                UNROLL for (int v = 0; v < NV; ++v) store(x + i * DP + v * LANES, -acc[i][v]);
-        });
-    });
-}
-
-// X = (1 + M)^-T X in place.
-template <int DP> static void solve_upper(int n, const float* M, float* X) {
-    panels<DP>([&](auto nv, int c) INLINE_LAMBDA {
-        constexpr int NV = decltype(nv)::value;
-        heights(n, [&](auto height, int above) INLINE_LAMBDA {
-            constexpr int H = decltype(height)::value;
-            const int end = n - above, row = end - H;  // the last rows first
-            float* x = X + row * DP + c;
-            const float* m = M + row * CP + row;
-            vf acc[H][NV];
-            UNROLL for (int i = 0; i < H; ++i)
-                UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = -load(x + i * DP + v * LANES);
-            detail::accumulate<H, NV>(acc, above, m + H * CP, 1, CP, x + H * DP, DP);
-            UNROLL for (int i = H - 1; i > 0; --i)
-                UNROLL for (int j = 0; j < i; ++j)
-                    UNROLL for (int v = 0; v < NV; ++v) acc[j][v] -= m[i * CP + j] * acc[i][v];
-            UNROLL for (int i = 0; i < H; ++i)
-                UNROLL for (int v = 0; v < NV; ++v) store(x + i * DP + v * LANES, -acc[i][v]);
-        });
-    });
 }

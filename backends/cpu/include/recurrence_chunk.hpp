@@ -14,14 +14,26 @@ static ALWAYS_INLINE void weigh(const Scratch& s, int n, View q, const float* y,
 }
 
 // One over the normaliser of every row: its read of z, its weights and its own token. A mass that
-// is not positive gives 0; a NaN stays.
-static ALWAYS_INLINE void inverse_masses(const Scratch& s, int n, View q, const float* near,
+// is not positive gives 0; a NaN stays. Where KEY_SUMS, a row reads the sum of the keys up to its
+// own instead of its weights, which takes fewer sums and leaves z after the chunk in s.ahead.
+static ALWAYS_INLINE void inverse_masses(Scratch& s, int n, View q, View k, const float* near,
                                          float* inverse) {
+    vf z[KV_];
+    UNROLL for (int c = 0; c < KV_; ++c) z[c] = load(s.z + c * LANES);
     for (int r = 0; r < n; r += LANES) {
         vf t[LANES];
         for (int l = 0; l < LANES; ++l) {
             vf sum{};
-            if (const int i = r + l; i < n) {
+            if (const int i = r + l; KEY_SUMS && i < n) {
+                UNROLL for (int c = 0; c < KV_; ++c) {
+                    const int at = c * LANES;
+                    vf q_ = load_upto(q.p + i * q.rs + at, DK - at);
+                    vf k_ = load_upto(k.p + i * k.rs + at, DK - at);
+                    if constexpr (EXCLUSIVE) sum += q_ * z[c];
+                    z[c] = SCALARS ? z[c] * s.scalar.step[i] + k_ : z[c] + k_;
+                    if constexpr (!EXCLUSIVE) sum += q_ * z[c];
+                }
+            } else if (i < n) {
                 UNROLL for (int c = 0; c < DKP; c += LANES)
                     sum += load_upto(q.p + i * q.rs + c, DK - c) * load(s.z + c);
                 sum = sum * (SCALARS ? SCALE * s.scalar.read[i] : SCALE);
@@ -31,9 +43,11 @@ static ALWAYS_INLINE void inverse_masses(const Scratch& s, int n, View q, const 
             t[l] = sum;
         }
         vf mass = sum_rows(t);
+        if constexpr (KEY_SUMS) mass = mass * SCALE;
         if constexpr (BONUS) mass += load(near + r);
         store(inverse + r, select(mass <= 0.0f, vf{}, 1.0f / mass));
     }
+    UNROLL for (int c = 0; c < KV_; ++c) store(s.ahead + c * LANES, z[c]);
 }
 
 // Weights and outputs of one query head; w are the written values.
@@ -61,7 +75,7 @@ static void read_chunk(Scratch& s, const Chunk& c, const Strides& st, long head,
         q = {s.kd, DKP};
     }
     alignas(64) float inverse[ONES ? CP + LANES : 1];
-    if constexpr (ONES) inverse_masses(s, n, q, near, inverse);
+    if constexpr (ONES) inverse_masses(s, n, q, k, near, inverse);
     const float* read = s.scalar.read;
     read_rows<DVP>(
         n, DK, q, s.S, CAUSAL ? s.P : nullptr, w, CORRECTION == UNTIED ? s.M : nullptr,
@@ -138,7 +152,8 @@ static void untie_chunk(Scratch& s, const Chunk& c, const Strides& st, View v) {
     solve_lower<DVP>(n, s.M, s.u);
 }
 
-// The state after the chunk.
+// The state after the chunk; `read`: whether its rows were read before.
+template <bool read>
 static void write_chunk(Scratch& s, const Chunk& c, const Strides& st, View k, View w) {
     const int n = c.n;
     float* S = s.S;
@@ -191,7 +206,9 @@ static void write_chunk(Scratch& s, const Chunk& c, const Strides& st, View k, V
             [=](int m, int col) INLINE_LAMBDA { return load(S + m * DVP + col); },
             [=](int m, int col, vf sum) INLINE_LAMBDA { store(S + m * DVP + col, sum); });
     }
-    if constexpr (ONES) {
+    if constexpr (KEY_SUMS && read) {
+        memcpy(s.z, s.ahead, sizeof s.z);
+    } else if constexpr (ONES) {
         vf sum[KV_];
         UNROLL for (int i = 0; i < KV_; ++i) {
             sum[i] = load(s.z + i * LANES);
@@ -232,7 +249,7 @@ static void run_chunk(Scratch& s, const Chunk& c, const Strides& st) {
     if constexpr (CORRECTION == UNTIED) untie_chunk(s, c, st, v);
     if constexpr (READ)
         for (long g = 0; g < st.group; ++g) read_chunk(s, c, st, g, k, v, w);
-    if constexpr (WRITE) write_chunk(s, c, st, k, w);
+    if constexpr (WRITE) write_chunk<READ>(s, c, st, k, w);
 }
 
 static void take_state(Scratch& s, const float* p) {

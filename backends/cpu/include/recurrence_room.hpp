@@ -1,7 +1,10 @@
 // What a chunk is and the memory it works in.
 
+// Whether the normaliser is read from running sums of keys: they stay in registers, one decay each.
+constexpr bool KEY_SUMS = ONES && CAUSAL && DECAY != CHANNEL && KV_ <= 8;
+
 struct Scratch {
-    alignas(64) float S[DKP * DVP], z[DKP];
+    alignas(64) float S[DKP * DVP], z[DKP], ahead[DKP];
     alignas(64) float kt[DKP * CP], P[CHUNK * CP], M[CHUNK * CP];
     alignas(64) float q[CHUNK * DKP], k[CHUNK * DKP], v[CHUNK * DVP];
     alignas(64) float u[CHUNK * DVP];   // values that are written, if not v itself
