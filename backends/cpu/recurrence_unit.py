@@ -73,4 +73,5 @@ def _shared(part: str, tiles: bool) -> str:
     text += header("recurrence_chunk")
     if part == "forward":
         return text
-    return text + header("recurrence_pairs") + header("recurrence_corrections")
+    text += header("recurrence_sweep") + header("recurrence_pairs")
+    return text + header("recurrence_corrections")

@@ -106,6 +106,11 @@ struct ScalarDecay {
     }
     // g: one step per token (stride gs) or a constant (stride 0).
     void set(int n, const float* g, long gs) {
+        set_sums(n, g, gs);
+        set_pairs(n);
+    }
+    // All but what is between pairs of tokens.
+    void set_sums(int n, const float* g, long gs) {
         double b = 0;
         high[0] = low[0] = 0;
         for (int i = 0; i < CHUNK + LANES; ++i) {
@@ -125,6 +130,8 @@ struct ScalarDecay {
             store(read + j, exp_neg(load(high + r) + load(low + r)));
         }
         whole = upto[n - 1];
+    }
+    void set_pairs(int n) {
         // Below the diagonal blocks: what is left at the block's first row, times what is from there.
         for (int r = 0; r < n; r += LANES) {
             const int last = n - r < LANES ? n : r + LANES, at = r + 1 - EXCLUSIVE;

@@ -11,23 +11,20 @@ struct Grads {
     float* start;
 };
 
-constexpr long SAVED = DKP * DVP + DKP;  // floats of a saved state: S, z; they lie behind Back
-
 // Weights, their gradients and those of one query head.
 static void read_back(Back& b, const Call& a, const Grads& d, long batch, long head, long t, int n,
-                      const float* S0, const float* bonus, float* dbonus) {
+                      const float* S0, const float* St, const float* bonus, float* dbonus) {
     Scratch& s = b.f;
     const float* z0 = S0 + DKP * DVP;
     take_rows<DK, DKP>(n, a.q.at(batch, head, t), a.q.n, s.q);
     take_rows<DV, DVP>(n, d.out.at(batch, head, t), d.out.n, b.go);
     weigh(s, n, {s.q, DKP}, s.k, s.kt, s.P);
-    scaled_rows<Side::Read>(s, n, s.q, b.qd);
-    for (int i = 0; i < n * DKP; i += LANES) store(b.qd + i, load(b.qd + i) * SCALE);
+    scaled_rows<Side::Read>(s, n, s.q, b.qd, SCALE);
     lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X,
                          [](int, int, vf sum) INLINE_LAMBDA { return sum; });
     float* seen = b.t;
     T* dq = d.q.at(batch, head, t);
-    product<DKP>(n, DV, b.go, DVP, 1, b.St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+    product<DKP>(n, DV, b.go, DVP, 1, St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
         store(seen + m * DKP + c, sum);
         fetch(dq + (m - CHUNK) * d.q.n + c);
     });
@@ -66,8 +63,7 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
                 store(b.dz + c, load(b.dz + c) + dmass * load(q + c));
             }
         }
-    scaled_rows<Side::Read>(s, n, b.t, b.dq);
-    for (int i = 0; i < n * DKP; i += LANES) store(b.dq + i, load(b.dq + i) * SCALE);
+    scaled_rows<Side::Read>(s, n, b.t, b.dq, SCALE);
     add_upper<DVP>(n, s.P, b.go, DVP, b.dw, DVP);
     pair_grads<Reader::Query>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
     if constexpr (CORRECTION == UNTIED) {
@@ -111,25 +107,27 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
 // What the gradient of the state after the chunk says about its keys, values and decay; then it
 // becomes its part of the gradient of the state before.
 static void end_back(Back& b, const Call& a, const Grads& d, long batch, long head, long at, int n,
-                     const float* w, const float* S1, const float* z1) {
+                     const float* w, const float* S1t, const float* z1) {
     Scratch& s = b.f;
     const T *k = a.k.at(batch, head, at), *v = a.v.at(batch, head, at);
     const T *to_k = d.k.at(batch, head, at), *to_v = d.v.at(batch, head, at);
     transpose_in(DK, DV, b.dS, DVP, b.dSt, DKP);
     float *dk = b.dk, *dw = b.dw, *t = b.t;
+    const float *dz = b.dz, *after = s.scalar.after;
     product<DKP>(n, DV, w, DVP, 1, b.dSt, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
-        store(t + m * DKP + c, sum);
+        if constexpr (ONES) sum += load(dz + c);
+        store((DECAY == CHANNEL ? t : dk) + m * DKP + c, SCALARS ? sum * after[m] : sum);
         fetch(k + (m - CHUNK) * a.k.n + c);
         fetch(to_k + (m - CHUNK) * d.k.n + c);
     });
-    if constexpr (ONES)
-        for (int i = 0; i < n; ++i)
-            for (int c = 0; c < DKP; c += LANES)
-                store(t + i * DKP + c, load(t + i * DKP + c) + load(b.dz + c));
-    scaled_rows<Side::After>(s, n, t, dk);
-    scaled_rows<Side::After>(s, n, s.k, b.qd);
-    product<DVP>(n, DK, b.qd, DKP, 1, b.dS, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
-        store(dw + m * DVP + c, sum);
+    const float* keys = s.k;
+    if constexpr (DECAY == CHANNEL) {
+        scaled_rows<Side::After>(s, n, t, dk);
+        scaled_rows<Side::After>(s, n, s.k, b.qd);
+        keys = b.qd;
+    }
+    product<DVP>(n, DK, keys, DKP, 1, b.dS, DVP, [=](int m, int c, vf sum) INLINE_LAMBDA {
+        store(dw + m * DVP + c, SCALARS ? sum * after[m] : sum);
         fetch(v + (m - CHUNK) * a.v.n + c);
         fetch(to_v + (m - CHUNK) * d.v.n + c);
     });
@@ -146,18 +144,21 @@ static void end_back(Back& b, const Call& a, const Grads& d, long batch, long he
     }
     if constexpr (DECAY == NONE) return;
     const float* whole = s.channel.whole(n);
-    float all = 0;
-    for (int e = 0; e < DK; ++e) {
-        float here = dot<DVP>(S1 + e * DVP, b.dS + e * DVP);
-        if (ONES) here += z1[e] * b.dz[e];
-        b.inner[e] = here;
+    vf all{};
+    for (int c = 0; c < DKP; c += LANES) {
+        vf here = ONES ? load(z1 + c) * load(dz + c) : vf{};
+        for (int v = 0; v < DV; ++v)
+            here += load(S1t + v * DKP + c) * load(b.dSt + v * DKP + c);
+        store(b.inner + c, here);
         all += here;
+    }
+    if (SCALARS) b.inner[0] = sum_lanes(all);
+    for (int e = 0; e < DK; ++e) {
         const float left = DECAY == CHANNEL ? whole[e] : s.scalar.whole;
         for (int c = 0; c < DVP; c += LANES)
             store(b.dS + e * DVP + c, load(b.dS + e * DVP + c) * left);
         b.dz[e] *= left;
     }
-    if (DECAY != CHANNEL) b.inner[0] = all;
 }
 
 // Gradients of the steps from those of their running sums. A step below FLOOR has none.
@@ -220,9 +221,10 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
         transpose_in(n, DV, s.u, DVP, b.ut, CP);
     }
     transpose_in(n, DV, w, DVP, b.wt, CP);
-    transpose_in(DK, DV, S0, DVP, b.St, DKP);
     memset(b.db, 0, sizeof b.db);
-    end_back(b, a, d, batch, head, at, n, w, S1, z1);
+    end_back(b, a, d, batch, head, at, n, w, CORRECTION == PLAIN ? S1 : b.St, z1);
+    if constexpr (CORRECTION != PLAIN) transpose_in(DK, DV, S0, DVP, b.St, DKP);
+    const float* St = CORRECTION == PLAIN ? S0 : b.St;
     if constexpr (BONUS) {
         memset(b.near_k, 0, sizeof b.near_k);
         memset(b.near_v, 0, sizeof b.near_v);
@@ -230,7 +232,7 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
     const float* bonus = BONUS ? a.bonus + head * DK : nullptr;
     float* dbonus = BONUS ? d.bonus + (row * a.Hkv + head) * DK : nullptr;
     for (long i = 0; i < G; ++i)
-        read_back(b, a, d, batch, head * G + i, at, n, S0, bonus, dbonus);
+        read_back(b, a, d, batch, head * G + i, at, n, S0, St, bonus, dbonus);
     if constexpr (CORRECTION == DELTA) {
         correct_back(b, n, beta, d.beta.at(batch, head, at), d.beta.n);
         add_sum_grads(n, s.k, b.dkr, 1.0f, b.db);
@@ -279,7 +281,10 @@ extern "C" __attribute__((visibility("default"))) void recurrence_backward(const
         const long chunks = (n + CHUNK - 1) / CHUNK;
         Scratch& s = b.f;
         auto save = [&](long c) {
-            memcpy(saved + c * SAVED, s.S, sizeof s.S);
+            if constexpr (CORRECTION == PLAIN)
+                transpose_in(DK, DV, s.S, DVP, saved + c * SAVED, DKP);
+            else
+                memcpy(saved + c * SAVED, s.S, sizeof s.S);
             memcpy(saved + c * SAVED + DKP * DVP, s.z, sizeof s.z);
         };
         fresh(s);
@@ -294,9 +299,15 @@ extern "C" __attribute__((visibility("default"))) void recurrence_backward(const
         save(0);
         for (long c = 0; c < chunks; ++c) {
             const long t = c * CHUNK, to = t + CHUNK < n ? t + CHUNK : n;
-            run_tokens<false, true>(s, a, row, head, t, to);
-            save(c + 1);
+            if constexpr (CORRECTION == PLAIN) {
+                float* S = saved + c * SAVED;
+                next_state(s, chunk_at(a, row, head, t, to), strides_of(a), S, S + SAVED);
+            } else {
+                run_tokens<false, true>(s, a, row, head, t, to);
+                save(c + 1);
+            }
         }
+        if constexpr (CORRECTION != PLAIN) transpose_in(DK, DV, s.S, DVP, b.St, DKP);
         s.tabled = 0;
         for (long c = chunks - 1; c >= 0; --c) {
             const long t = c * CHUNK;

@@ -270,25 +270,31 @@ static void give_state(const Scratch& s, float* p) {
     }
 }
 
+static Strides strides_of(const Call& a) {
+    return {a.q.n,     a.q.h,    a.k.n,     a.v.n,   a.out.n,  a.out.h,
+            a.decay.n, a.beta.n, a.erase.n, a.add.n, a.group()};
+}
+// The chunk at token t of a row and state head, that ends at `to` at the latest.
+static Chunk chunk_at(const Call& a, long row, long head, long t, long to) {
+    const long q = head * a.group(), b = a.batch(row), at = a.first(row) + t;
+    Chunk c{a.q.at(b, q, at), a.k.at(b, head, at), a.v.at(b, head, at), a.out.at(b, q, at),
+            nullptr, nullptr, nullptr, nullptr, nullptr, (int)(to - t < CHUNK ? to - t : CHUNK)};
+    if (DECAY != NONE) c.g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at);
+    if (CORRECTION == DELTA) c.beta = a.beta.at(b, head, at);
+    if (CORRECTION == UNTIED) {
+        c.erase = a.erase.at(b, head, at);
+        c.add = a.add.at(b, head, at);
+    }
+    if (BONUS) c.bonus = a.bonus + head * DK;
+    return c;
+}
+
 // Tokens [from, to) of a row and state head, in chunks.
 template <bool READ, bool WRITE>
 static void run_tokens(Scratch& s, const Call& a, long row, long head, long from, long to) {
-    const long G = a.group(), b = a.batch(row), at = a.first(row);
-    const Strides st{a.q.n,     a.q.h,    a.k.n,     a.v.n,   a.out.n, a.out.h,
-                     a.decay.n, a.beta.n, a.erase.n, a.add.n, G};
-    for (long t = from; t < to; t += CHUNK) {
-        Chunk c{a.q.at(b, head * G, at + t), a.k.at(b, head, at + t), a.v.at(b, head, at + t),
-                a.out.at(b, head * G, at + t), nullptr, nullptr, nullptr, nullptr, nullptr,
-                (int)(to - t < CHUNK ? to - t : CHUNK)};
-        if (DECAY != NONE) c.g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at + t);
-        if (CORRECTION == DELTA) c.beta = a.beta.at(b, head, at + t);
-        if (CORRECTION == UNTIED) {
-            c.erase = a.erase.at(b, head, at + t);
-            c.add = a.add.at(b, head, at + t);
-        }
-        if (BONUS) c.bonus = a.bonus + head * DK;
-        run_chunk<READ, WRITE>(s, c, st);
-    }
+    const Strides st = strides_of(a);
+    for (long t = from; t < to; t += CHUNK)
+        run_chunk<READ, WRITE>(s, chunk_at(a, row, head, t, to), st);
 }
 
 static void fresh(Scratch& s) {

@@ -12,24 +12,25 @@ struct Back {
     alignas(64) float near_k[CHUNK * DKP], near_v[CHUNK * DVP];  // through the bonus
 };
 
-// dst[i] = f(i) * src[i] for n rows of DKP; f: what the decay leaves at a reader, up to and with
+// dst[i] = scale * f(i) * src[i] for n rows of DKP; f: what the decay leaves at a reader, up to and with
 // the token, before the token, or after it to the end.
 enum class Side { Read, Upto, Before, After };
 template <Side side>
-static ALWAYS_INLINE void scaled_rows(const Scratch& f, int n, const float* src, float* dst) {
+static ALWAYS_INLINE void scaled_rows(const Scratch& f, int n, const float* src, float* dst,
+                                      float scale = 1.0f) {
     for (int i = 0; i < n; ++i) {
-        float one = 1.0f;
+        float one = scale;
         if constexpr (SCALARS)
-            one = side == Side::Read     ? f.scalar.read[i]
-                  : side == Side::Upto   ? f.scalar.upto[i]
-                  : side == Side::Before ? f.scalar.before[i]
-                                         : f.scalar.after[i];
+            one *= side == Side::Read     ? f.scalar.read[i]
+                   : side == Side::Upto   ? f.scalar.upto[i]
+                   : side == Side::Before ? f.scalar.before[i]
+                                          : f.scalar.after[i];
         const float* by = side == Side::Read     ? f.channel.read()
                           : side == Side::Upto   ? f.channel.upto + DKP
                           : side == Side::Before ? f.channel.upto
                                                  : f.channel.after;
         for (int c = i * DKP; c < (i + 1) * DKP; c += LANES)
-            store(dst + c, load(src + c) * (DECAY == CHANNEL ? load(by + c) : splat(one)));
+            store(dst + c, load(src + c) * (DECAY == CHANNEL ? load(by + c) * one : splat(one)));
     }
 }
 
