@@ -23,6 +23,7 @@ PANELS = 4  # panels of query rows that share the keys of a round
 SPLIT_PANELS = 8  # the same where a float32 number is three of bfloat16: fewer turns of the keys
 KEYS = 64  # keys of a round on vectors
 TILE_KEYS = 64  # on tile registers: scores and weights of two rounds stay in the first cache
+SPLIT_KEYS = 128  # the same in three parts, where sums have to be loaded and stored less often
 WIDEST = 512  # a head beyond it would not fit the caches the kernels are laid out for
 
 
@@ -71,7 +72,7 @@ def kernel_of(
     packing = _packing(spec, dtype, target, name, split)
     keys = KEYS if widest <= 128 else 32
     if packing == "tiles":
-        keys = TILE_KEYS
+        keys = SPLIT_KEYS if split else TILE_KEYS
     constants: dict[str, int | float | bool] = {
         "DK": spec.key_dim,
         "DV": spec.value_dim,

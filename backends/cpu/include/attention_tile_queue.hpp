@@ -40,6 +40,7 @@ struct Queue {
     const char *a, *b, *next_a, *next_b;  // of the present step; of the next one
     long row;                             // bytes from row to row of a
     bool on, fresh, last;
+    bool coarse = false;  // whether weights have two parts only
 
     static constexpr long COLUMN = PANEL * 4;  // bytes of a row of b, and of the sums
     static constexpr long B_STEP = PARTS * TILE * COLUMN;
@@ -77,6 +78,7 @@ struct Queue {
         tile_load<6>(at, COLUMN), tile_load<7>(at + 64, COLUMN);
     }
     ALWAYS_INLINE void unit(int n) const {
+        if (PARTS > 1 && n >= 16 && n < 20 && !fresh && coarse) return;  // the third of the weights
         load_parts(n, [&](int part) INLINE_LAMBDA { rows(part); },
                    [&](int part) INLINE_LAMBDA { columns(part); });
         if (PARTS > 1)

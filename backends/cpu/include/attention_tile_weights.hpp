@@ -11,6 +11,11 @@ namespace {
 constexpr float HEAD_BITS = 3.0f, HEADROOM = 2.0f;
 static ALWAYS_INLINE vf exponent_of(vf m) { return base_of(m) + HEAD_BITS; }
 
+// A float32 weight is cut to two parts where errors of single weights average out: where the weights
+// of every row already add up to this many times exp(m). Their sum is one of cut weights too.
+constexpr float SPREAD = 64.0f;
+constexpr bool MAY_CUT = PARTS > 1 && !SIGMOID;
+
 struct State {
     alignas(64) Queries Q[PANELS];
     alignas(64) float O[PANELS][DVP][PANEL];
@@ -34,6 +39,7 @@ struct Item {
     Part part;
     bool plain_keys, plain_values;  // one by one, in float32
     int turn;                       // which of the two buffers
+    bool coarse;                    // weights of two parts
 };
 
 static inline void load_queries(const Call& c, const Task& t, float scale, float cap, State& x) {
@@ -106,20 +112,33 @@ static inline void settle(const Call& c, const Task& t, const Item& i, float cap
     }
 }
 
-// Two rows of weights, none negative, as pairs. Parts are cut, not rounded: that is enough beside
-// rounded parts of V, and takes less time.
-static ALWAYS_INLINE void store_weights(pair (*P)[PARTS][TILE][PANEL], int row, int v, vf a, vf b) {
+// Two rows of weights, none negative, as pairs. Three parts are cut, not rounded: that is enough
+// beside rounded parts of V, and takes less time. Two are rounded, and become the weights.
+template <bool COARSE>
+static ALWAYS_INLINE void store_weights(pair (*P)[PARTS][TILE][PANEL], int row, int v, vf& a, vf& b) {
     int32_t* to = (int32_t*)P[row / TILE][0][row % TILE] + v * LANES;
     if constexpr (PARTS == 1) {
         store(to, make_pairs(a, b));
         return;
     }
-    const int32_t high = (int32_t)0xffff0000;
-    UNROLL for (int part = 0; part < PARTS; ++part) {
-        vi x = (vi)a & high, y = (vi)b & high;
-        store(to + part * (TILE * PANEL), (vi)((vu)a >> 16) | y);
-        a -= (vf)x, b -= (vf)y;
+    const int32_t high = (int32_t)0xffff0000, half = COARSE ? 0x8000 : 0;
+    vf rest_a = a, rest_b = b, sum_a{}, sum_b{};
+    UNROLL for (int part = 0; part < (COARSE ? 2 : PARTS); ++part) {
+        vi x = ((vi)rest_a + half) & high, y = ((vi)rest_b + half) & high;
+        store(to + part * (TILE * PANEL), (vi)((vu)x >> 16) | y);
+        rest_a -= (vf)x, rest_b -= (vf)y;
+        sum_a += (vf)x, sum_b += (vf)y;
     }
+    if (COARSE) a = sum_a, b = sum_b;
+}
+
+// Whether the weights of all rows of a panel are spread over many keys.
+static inline bool spread(int p, const State& x) {
+    if (!MAY_CUT) return false;
+    vi few{};
+    UNROLL for (int v = 0; v < PANEL_VECTORS; ++v)
+        few |= (vi)(x.l[p][v] < SPREAD / (1 << (int)HEAD_BITS));
+    return !any(few);
 }
 
 // Takes the largest scores of an item into account: by how much what is there shrinks.
@@ -136,7 +155,7 @@ static inline void move_largest(int p, const vf* top, vf* shrink, State& x) {
 }
 
 // Scores to pairs of weights, and with KEEP also to weights in place, while the multiplier works.
-template <bool KEEP>
+template <bool KEEP, bool COARSE>
 static inline void weigh(const Item& i, State& x, Queue& queue) {
     const int p = i.p, rows = i.part.rows;
     float(*S)[PANEL] = x.S[i.turn];
@@ -164,8 +183,8 @@ static inline void weigh(const Item& i, State& x, Queue& queue) {
             vf b = weight(r + 1, v);
             pin(b);
             slot(3 * v + 2);
+            store_weights<COARSE>(P, r / 2, v, a, b);
             if constexpr (!SIGMOID) sum[v] += a + b;
-            store_weights(P, r / 2, v, a, b);
             if constexpr (!KEEP) continue;
             store(S[r] + v * LANES, a);
             store(S[r + 1] + v * LANES, b);
@@ -182,15 +201,18 @@ static inline void weigh(const Item& i, State& x, Queue& queue) {
     for (; r + 2 <= rows; r += 2) two(r, [](int) INLINE_LAMBDA {});
     if (r < rows) {
         UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
-            vf a = weight(r, v);
+            vf a = weight(r, v), none{};
+            store_weights<COARSE>(P, r / 2, v, a, none);
             if constexpr (!SIGMOID) sum[v] += a;
-            store_weights(P, r / 2, v, a, vf{});
             if constexpr (KEEP) store(S[r] + v * LANES, a);
         }
         r += 2;
     }
     for (; r % TILE_K; r += 2)
-        UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) store_weights(P, r / 2, v, vf{}, vf{});
+        UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
+            vf none[2] = {};
+            store_weights<COARSE>(P, r / 2, v, none[0], none[1]);
+        }
     if constexpr (!SIGMOID) UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) x.l[p][v] = sum[v];
 }
 

@@ -35,6 +35,7 @@ static inline void ask_values(const Item& i, const bf16* v, State& x, Queue& que
     queue.o = x.O[i.p][0];
     queue.v_blocks = DVP / 32;
     queue.v_steps = (i.part.rows + TILE_K - 1) / TILE_K;
+    queue.coarse = i.coarse;
 }
 
 static inline void multiply_plain(const Call& c, const Task& t, const Item& i, State& x) {
@@ -99,10 +100,13 @@ static void run(const Call& c, const Task& t, long first, float scale, float cap
                 settle<false>(c, t, now, cap, x, top, queue);
             move_largest(now.p, top, shrink, x);
             if (apart) shrink_sums(now.p, shrink, x, queue);
+            now.coarse = !now.plain_values && spread(now.p, x);
             if (now.plain_values)
-                weigh<true>(now, x, queue);
+                weigh<true, false>(now, x, queue);
+            else if (now.coarse)
+                weigh<false, MAY_CUT>(now, x, queue);
             else
-                weigh<false>(now, x, queue);
+                weigh<false, false>(now, x, queue);
             queue.finish();
             if (!apart) shrink_sums(now.p, shrink, x, queue);
             if (now.plain_values)
@@ -124,7 +128,7 @@ static void run(const Call& c, const Task& t, long first, float scale, float cap
             for (int at = 0; at < count; ++at) {
                 const Visit& visit = visits[at];
                 const int j0 = visit.j0;
-                Item next{p, j0, {0, visit.n, false}, false, false, turn};
+                Item next{p, j0, {0, visit.n, false}, false, false, turn, false};
                 if (!visit.full) next.part = x.mask[turn].fill(c, t, x.rows, p, j0, visit.n);
                 if (next.part.rows == 0) continue;
                 uint8_t odd = 0;
@@ -155,9 +159,8 @@ static inline void pack_block(const Call& c, long head, long slot, long block) {
     bf16 *k = (bf16*)c.k_ready + slot * c.kr_h, *v = (bf16*)c.v_ready + slot * c.vr_h;
     const io_t* keys = c.k + b * c.k_b + h * c.k_h + n0 * c.k_n;
     const io_t* values = c.v + b * c.v_b + h * c.v_h + n0 * c.v_n;
-    if (c.pack_k && any(pack_keys<DK>(n, keys, c.k_n, k + block * K_BLOCK))) marks |= KEY_MARK;
-    if (any(pack_values<DV>(n, values, c.v_n, v + block * V_BLOCK)))
-        marks |= VALUE_MARK;
+    if (c.pack_k && pack_keys<DK>(n, keys, c.k_n, k + block * K_BLOCK)) marks |= KEY_MARK;
+    if (pack_values<DV>(n, values, c.v_n, v + block * V_BLOCK)) marks |= VALUE_MARK;
     c.marks[head * ((c.N + TILE_K - 1) / TILE_K) + block] = marks;
 }
 

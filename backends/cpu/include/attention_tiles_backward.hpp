@@ -41,37 +41,27 @@ struct State : Sums {
     alignas(64) Operand P[2 * GATHERED][BLOCKS], D[2 * GATHERED][BLOCKS];
     alignas(64) Pairs Dp[2][BLOCKS];
     Mask mask[2];
-    vi odd;  // lanes where something was not finite
+    vf left;  // not finite where something was not
 };
 using Work = Products<BLOCKS * BLOCK_STEPS>;
 
-// Two vectors as pairs, their parts apart.
-static ALWAYS_INLINE vi store_parts(int32_t* to, long step, vf even, vf odd) {
-    vi bad{};
-    UNROLL for (int part = 0; part < PARTS; ++part) {
-        vi both = make_pairs(even, odd);
-        if (part == 0) bad = not_finite(both);
-        store(to + part * step, both);
-        even = bf16_rest(even), odd = bf16_rest(odd);
-    }
-    return bad;
-}
-// 32 rows of 32 numbers as pairs of the rows STEP * r and STEP * r + GAP.
+// 32 rows of 32 numbers as pairs of the rows STEP * r and STEP * r + GAP. What is left: `each_part`.
 template <int STEP, int GAP>
-static inline vi pair_rows(const float* src, long ld, Pairs& to) {
-    vi bad{};
+static inline vf pair_rows(const float* src, long ld, Pairs& to) {
+    vf left{};
     for (int r = 0; r < TILE; ++r)
         UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
             const float* at = src + r * STEP * ld + v * LANES;
-            bad |= store_parts((int32_t*)to[0][r] + v * LANES, TILE * PANEL, load(at),
-                               load(at + GAP * ld));
+            left += each_part(load(at), load(at + GAP * ld), [&](int part, vf a, vf b) INLINE_LAMBDA {
+                store((int32_t*)to[part][r] + v * LANES, pairs_of(a, b));
+            });
         }
-    return bad;
+    return left;
 }
 
 template <int D, int N>
 static inline void load_side(int n, const io_t* src, long rs, const float* by_row, const vf* factor,
-                             Pairs (&turned)[N], Pairs (&rows)[N], vi& odd) {
+                             Pairs (&turned)[N], Pairs (&rows)[N], vf& left) {
     alignas(64) float straight[PANEL][N * 32], across[N * 32][PANEL];
     memset(straight, 0, sizeof straight);
     memset(across, 0, sizeof across);
@@ -83,8 +73,8 @@ static inline void load_side(int n, const io_t* src, long rs, const float* by_ro
     for (int r = 0; by_row && r < n; ++r)
         for (int d = 0; d < D; ++d) straight[r][d] *= by_row[r];
     for (int i = 0; i < N; ++i) {
-        odd |= pair_rows<2, 1>(across[i * 32], PANEL, turned[i]);
-        odd |= pair_rows<1, TILE>(straight[0] + i * 32, N * 32, rows[i]);
+        left += pair_rows<2, 1>(across[i * 32], PANEL, turned[i]);
+        left += pair_rows<1, TILE>(straight[0] + i * 32, N * 32, rows[i]);
     }
 }
 
@@ -97,8 +87,8 @@ static inline void load_rows(const Call& c, const Grads& g, const Task& t, float
         const io_t* go = g.grad_out + t.b * g.go_b + t.h * g.go_h + row * g.go_m;
         vf factor[PANEL_VECTORS];
         row_factors(c, t, p, scale, cap, factor);
-        load_side<DK>(n, q, c.q_m, x.scale + p * PANEL, factor, x.Q[p], x.q_rows[p], x.odd);
-        load_side<DV>(n, go, g.go_m, nullptr, nullptr, x.G[p], x.g_rows[p], x.odd);
+        load_side<DK>(n, q, c.q_m, x.scale + p * PANEL, factor, x.Q[p], x.q_rows[p], x.left);
+        load_side<DV>(n, go, g.go_m, nullptr, nullptr, x.G[p], x.g_rows[p], x.left);
     }
 }
 
@@ -231,7 +221,7 @@ static bool run(const Call& c, const Grads& g, const Task& t, const bf16* packed
                 float cap, float* dk, float* dv) {
     State x;
     x.begin(c, g, t, scale);
-    x.odd = vi{};
+    x.left = vf{};
     load_rows(c, g, t, scale, cap, x);
     Item now{}, old{};  // the item whose scores are there; the one before it
     Item begun{};       // the first of `count` panels that are to be added to dK and dV together
@@ -269,7 +259,7 @@ static bool run(const Call& c, const Grads& g, const Task& t, const bf16* packed
     advance(nullptr);
     advance(nullptr);
     write_rows(c, g, t, x);
-    return !any(x.odd);
+    return !odd_left(x.left);
 }
 
 // Tiles of a block of 32 keys of a (batch row, KV head). Whether all is finite.
@@ -280,10 +270,10 @@ static inline bool pack_block(const Call& c, long head, bf16* to, long block) {
     const io_t* keys = c.k + b * c.k_b + h * c.k_h + n0 * c.k_n;
     const io_t* values = c.v + b * c.v_b + h * c.v_h + n0 * c.v_n;
     to += block * BLOCK;
-    vi odd = pack_keys<DK>(n, keys, c.k_n, to);
+    bool odd = pack_keys<DK>(n, keys, c.k_n, to);
     pack_values<DK>(n, keys, c.k_n, to + K_BLOCK);
     odd |= pack_keys<DV>(n, values, c.v_n, to + 2 * K_BLOCK);
-    return !any(odd);
+    return !odd;
 }
 
 }  // namespace
