@@ -22,10 +22,13 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
     scaled_rows<Side::Read>(s, n, s.q, b.qd, SCALE);
     lower<DV, EXCLUSIVE>(n, b.go, DVP, b.wt, b.X,
                          [](int, int, vf sum) INLINE_LAMBDA { return sum; });
-    float* seen = b.t;
+    constexpr bool later = ONES || DECAY == CHANNEL;  // gradients of q are scaled apart
+    float* seen = later ? b.t : b.dq;
+    const float* read = s.scalar.read;
     T* dq = d.q.at(batch, head, t);
     product<DKP>(n, DV, b.go, DVP, 1, St, DKP, [=](int m, int c, vf sum) INLINE_LAMBDA {
-        store(seen + m * DKP + c, sum);
+        const float by = later ? 1.0f : SCALARS ? SCALE * read[m] : SCALE;
+        store(seen + m * DKP + c, sum * by);
         fetch(dq + (m - CHUNK) * d.q.n + c);
     });
     float near[CHUNK], dnear[CHUNK];  // SCALE q u k, and its gradient
@@ -63,7 +66,7 @@ static void read_back(Back& b, const Call& a, const Grads& d, long batch, long h
                 store(b.dz + c, load(b.dz + c) + dmass * load(q + c));
             }
         }
-    scaled_rows<Side::Read>(s, n, b.t, b.dq, SCALE);
+    if constexpr (later) scaled_rows<Side::Read>(s, n, b.t, b.dq, SCALE);
     add_upper<DVP>(n, s.P, b.go, DVP, b.dw, DVP);
     pair_grads<Reader::Query>(s, n, b.X, s.q, s.k, SCALE, b.dq, b.dk);
     if constexpr (CORRECTION == UNTIED) {
@@ -144,13 +147,15 @@ static void end_back(Back& b, const Call& a, const Grads& d, long batch, long he
     }
     if constexpr (DECAY == NONE) return;
     const float* whole = s.channel.whole(n);
-    vf all{};
-    for (int c = 0; c < DKP; c += LANES) {
-        vf here = ONES ? load(z1 + c) * load(dz + c) : vf{};
-        for (int v = 0; v < DV; ++v)
-            here += load(S1t + v * DKP + c) * load(b.dSt + v * DKP + c);
-        store(b.inner + c, here);
-        all += here;
+    vf here[KV_], all{};
+    UNROLL for (int i = 0; i < KV_; ++i)
+        here[i] = ONES ? load(z1 + i * LANES) * load(dz + i * LANES) : vf{};
+    for (int c = 0; c < DV * DKP; c += DKP)
+        UNROLL for (int i = 0; i < KV_; ++i)
+            here[i] += load(S1t + c + i * LANES) * load(b.dSt + c + i * LANES);
+    UNROLL for (int i = 0; i < KV_; ++i) {
+        store(b.inner + i * LANES, here[i]);
+        all += here[i];
     }
     if (SCALARS) b.inner[0] = sum_lanes(all);
     for (int e = 0; e < DK; ++e) {
@@ -221,7 +226,7 @@ static void chunk_back(Back& b, const Call& a, const Grads& d, long row, long he
         transpose_in(n, DV, s.u, DVP, b.ut, CP);
     }
     transpose_in(n, DV, w, DVP, b.wt, CP);
-    memset(b.db, 0, sizeof b.db);
+    memset(b.db, 0, sizeof(float) * CHUNK * (DECAY == CHANNEL ? DKP : 1));
     end_back(b, a, d, batch, head, at, n, w, CORRECTION == PLAIN ? S1 : b.St, z1);
     if constexpr (CORRECTION != PLAIN) transpose_in(DK, DV, S0, DVP, b.St, DKP);
     const float* St = CORRECTION == PLAIN ? S0 : b.St;
