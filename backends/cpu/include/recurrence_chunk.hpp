@@ -238,7 +238,10 @@ static void run_chunk(Scratch& s, const Chunk& c, const Strides& st) {
         s.channel.set(n, c.g, st.g);
     } else {
         if constexpr (SCALARS)
-            if (DECAY != HEAD || s.tabled != n) s.scalar.set(n, c.g, st.g);
+            if (DECAY != HEAD || s.tabled != n) {
+                s.scalar.set_sums(n, c.g, st.g);
+                if (READ || CORRECTION != PLAIN) s.scalar.set_pairs(n);
+            }
         s.tabled = n;
         if (CAUSAL && (READ || CORRECTION != PLAIN)) transpose_in(n, DK, k.p, k.rs, s.kt, CP);
     }
@@ -306,7 +309,7 @@ static void fresh(Scratch& s) {
 }
 
 // f(room, i) for i < tasks, then the same of the next f; each thread has a Room with `more` bytes
-// behind it.
+// behind it. With a task for each thread, all i of the same number run on one thread.
 template <class Room, class... F>
 static void parallel(const Call& a, long tasks, long more, F... f) {
     const long threads = a.threads < tasks ? a.threads : tasks, size = sizeof(Room) + (more + 63) / 64 * 64;
@@ -316,8 +319,13 @@ static void parallel(const Call& a, long tasks, long more, F... f) {
         [[maybe_unused]] Session session;
         Room* s = (Room*)aligned_alloc(64, size);
         auto pass = [&](auto& g) {
+            if (tasks == threads) {
+#pragma omp for schedule(static, 1)
+                for (long i = 0; i < tasks; ++i) g(*s, i);
+            } else {
 #pragma omp for schedule(dynamic)
-            for (long i = 0; i < tasks; ++i) g(*s, i);
+                for (long i = 0; i < tasks; ++i) g(*s, i);
+            }
         };
         (pass(f), ...);
         free(s);

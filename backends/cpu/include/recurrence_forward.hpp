@@ -20,14 +20,14 @@ static long piece_start(const Call& a, long row, long piece, long pieces) {
 static void kept(const Call& a, long row, long head, long from, long to, float* left) {
     const long b = a.batch(row), at = a.first(row);
     constexpr int width = DECAY == CHANNEL ? DK : 1;
-    double sum[width] = {};
-    if constexpr (DECAY != NONE)
-        for (long t = from; t < to; ++t) {
-            const float* g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at + t);
-            for (int d = 0; d < width; ++d) sum[d] += g[d] < FLOOR ? FLOOR : g[d];
-        }
-    for (int d = 0; d < DK; ++d)
-        left[d] = exp_neg(splat((float)sum[DECAY == CHANNEL ? d : 0]))[0];
+    double sum[4][width] = {};  // four, so that no addition waits for the one before
+    for (long t = from; t < to; ++t) {
+        const float* g = DECAY == HEAD ? a.decay.p + head : a.decay.at(b, head, at + t);
+        for (int d = 0; d < width; ++d) sum[t % 4][d] += g[d] < FLOOR ? FLOOR : g[d];
+    }
+    for (int d = 0; d < width; ++d)
+        left[d] = exp_neg(splat((float)(sum[0][d] + sum[1][d] + sum[2][d] + sum[3][d])))[0];
+    for (int d = width; d < DK; ++d) left[d] = left[0];
 }
 
 static void split_forward(const Call& a, float* between) {
@@ -44,17 +44,19 @@ static void split_forward(const Call& a, float* between) {
         } else {
             take_state(s, nullptr);
             run_tokens<false, true>(s, a, row, head, from, to);
-            kept(a, row, head, from, to, left + (each * pieces + piece) * DK);
+            if constexpr (DECAY != NONE)
+                kept(a, row, head, from, to, left + (each * pieces + piece) * DK);
         }
         give_state(s, between + i * size);
     };
     auto follow = [&](Scratch& s, long i) {
-        const long each = i / tasks, piece = i % tasks + 1, row = each / a.Hkv, head = each % a.Hkv;
+        const long each = i / tasks, row = each / a.Hkv, head = each % a.Hkv;
+        const long piece = i % tasks ? i % tasks : tasks;  // the one it has summed is in its cache
         float* state = (float*)(&s + 1);
         memcpy(state, between + each * tasks * size, sizeof(float) * size);
         for (long p = 1; p < piece; ++p)
             for (long e = 0; e < size; ++e)
-                state[e] = state[e] * left[(each * pieces + p) * DK + e / W] +
+                state[e] = state[e] * (DECAY == NONE ? 1 : left[(each * pieces + p) * DK + e / W]) +
                            between[(each * tasks + p) * size + e];
         fresh(s);
         take_state(s, state);
