@@ -1,5 +1,6 @@
-"""float32 attention: on vectors, or on tile registers with three bfloat16 numbers for each.
+"""float32 attention and gradients of bfloat16 attention: on vectors or on tile registers.
 
+A float32 number is three of bfloat16 on tiles.
 Tiles multiply faster and have to be filled first, so they win where a row sees many keys and a key
 is seen by many rows. From how many on is measured once, on causal attention, and remembered.
 """
@@ -29,11 +30,12 @@ _BLOCK = 64
 Form = Callable[[BlockSparseInputs], object]
 
 
-def least_keys(source: str, vectors: Form, tiles: Form) -> float:
+def least_keys(source: str, dtype: torch.dtype, vectors: Form, tiles: Form) -> float:
     """Keys that a row has to see on average for tiles to be faster; inf where they never are.
 
     Args:
         source: text of the generated code of both forms.
+        dtype: of the inputs.
         vectors, tiles: run a call of `SAMPLE` in that form.
     """
 
@@ -41,7 +43,7 @@ def least_keys(source: str, vectors: Form, tiles: Form) -> float:
         draw = torch.Generator().manual_seed(0)
         times: list[float] = []
         for n in LENGTHS:
-            q, k, v = (torch.rand(1, _HEADS, n, 64, generator=draw) for _ in range(3))
+            q, k, v = (torch.rand(1, _HEADS, n, 64, generator=draw).to(dtype) for _ in range(3))
             x = BlockSparseInputs(q, k, v)
             taken = interleaved(
                 {"vectors": lambda x=x: vectors(x), "tiles": lambda x=x: tiles(x)},  # type: ignore[misc]
@@ -52,7 +54,7 @@ def least_keys(source: str, vectors: Form, tiles: Form) -> float:
             times += [taken["vectors"].median, taken["tiles"].median]
         return times
 
-    times = remembered("attention", source, "causal float32", measure)
+    times = remembered("attention", source, f"causal {str(dtype)[6:]}", measure)
     least = math.inf
     for n, slow, fast in reversed(list(zip(LENGTHS, times[::2], times[1::2], strict=True))):
         if fast >= _MARGIN * slow:

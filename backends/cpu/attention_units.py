@@ -51,7 +51,7 @@ def kernel_of(
 ) -> Kernel | str:
     """The kernel of a pass over a spec on a target, or why there is none.
 
-    `split`: float32 numbers as three bfloat16 numbers on tile registers.
+    `split`: on tile registers, float32 numbers as three of bfloat16; so are gradients of bfloat16.
     """
     if dtype not in NAMES:
         return f"CPU kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"

@@ -145,23 +145,28 @@ def _find(
 
 
 def _split(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, Run] | None:
-    """The kernel on tile registers of a pass over a float32 call that is faster there."""
-    target = host_target()
+    """The kernel on tile registers of a pass over a call that is faster there than on vectors.
+
+    bfloat16 rows go forward on tiles wherever there are some.
+    """
+    target, dtype = host_target(), x.q.dtype
     if isinstance(target, str) or not target.tiles or not forms.fits(spec):
         return None
-    if not x.q.dtype == x.k.dtype == x.v.dtype == torch.float32 or x.k.numel() == 0:
+    if not dtype == x.k.dtype == x.v.dtype or x.k.numel() == 0:
+        return None
+    if dtype != torch.float32 and (dtype, name) != (torch.bfloat16, "backward"):
         return None
     seen = forms.keys_seen(spec, x)
-    if seen < forms.FEW or seen < _least_keys(target, name):
+    if seen < forms.FEW or seen < _least_keys(target, name, dtype):
         return None
-    found = find(spec, torch.float32, name, split=True)
+    found = find(spec, dtype, name, split=True)
     return None if isinstance(found, str) else found
 
 
 @lru_cache(maxsize=8)
-def _least_keys(target: Target, name: Pass) -> float:
+def _least_keys(target: Target, name: Pass, dtype: torch.dtype) -> float:
     """Keys that a row has to see on average for tiles to be faster in a pass."""
-    kinds = [_find(forms.SAMPLE, torch.float32, name, split, target) for split in (False, True)]
+    kinds = [_find(forms.SAMPLE, dtype, name, split, target) for split in (False, True)]
     vectors, tiles = (None if isinstance(kind, str) else kind for kind in kinds)
     if vectors is None or tiles is None:
         return math.inf
@@ -170,10 +175,12 @@ def _least_keys(target: Target, name: Pass) -> float:
         if name == "forward":
             return lambda x: _forward(forms.SAMPLE, x, *kind, None)
         # Values do not matter for the time: any outputs will do.
-        return lambda x: _backward(forms.SAMPLE, x, x.v, x.v[..., 0].contiguous(), x.v, *kind)
+        return lambda x: _backward(
+            forms.SAMPLE, x, x.v, x.v[..., 0].float().contiguous(), x.v, *kind
+        )
 
     source = vectors[0].unit.source + tiles[0].unit.source
-    return forms.least_keys(source, of(vectors), of(tiles))
+    return forms.least_keys(source, dtype, of(vectors), of(tiles))
 
 
 def _ready(spec: BlockSparse, x: BlockSparseInputs, name: Pass) -> tuple[Kernel, Run]:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import DENSE, EVERY, HEADS, LISTED, causal, double, drawn, mixed, qkv, sizes
+from attention_cases import (
+    DENSE,
+    EVERY,
+    HEADS,
+    HOOKS,
+    LISTED,
+    causal,
+    double,
+    drawn,
+    mixed,
+    qkv,
+    run,
+    sizes,
+)
 from attention_cases import target as target
 from attention_oracles import attention, close
 from hypothesis import given, settings
@@ -173,38 +186,67 @@ def test_infinities_on_tiles_are_those_of_stock_attention():
 
 
 @on_tiles
+@of_both
 @pytest.mark.usefixtures("target")
-def test_gradients_on_tiles_are_as_exact_as_on_vectors():
+@pytest.mark.parametrize("spec", [DENSE, BlockSparse(96, 96, 0.17)])
+def test_gradients_on_tiles_are_as_exact_as_others(spec, dtype):
+    """float32 as those on vectors; bfloat16, with rounded weights, as those of stock attention."""
     torch.manual_seed(6)
-    q, k, v, grad = (torch.randn(1, HEADS, 333, 64) for _ in range(4))
+    q, k = (torch.randn(1, HEADS, 333, spec.key_dim).to(dtype) for _ in range(2))
+    v, grad = (torch.randn(1, HEADS, 333, spec.value_dim).to(dtype) for _ in range(2))
     x = BlockSparseInputs(q, k, v)
-    out, lse = cpu.forward(DENSE, x)
-    tiles = cpu._split(DENSE, x, "backward")
+    out, lse = cpu.forward(spec, x)
+    tiles = cpu._split(spec, x, "backward")
     assert tiles is not None and tiles[0].packing == "gradient tiles"
-    y = double({"q": q, "k": k, "v": v})
-    whole = scaled_dot_product_attention(y["q"], y["k"], y["v"], is_causal=True)
-    exact = torch.autograd.grad(whole, list(y.values()), grad.double())
-    rows = cpu._backward(DENSE, x, out, lse, grad, *cpu._ready(DENSE, x, "backward"))[0]
+
+    def stock(*y):
+        y = [t.detach().clone().requires_grad_() for t in y]
+        whole = scaled_dot_product_attention(*y, is_causal=True, scale=spec.scale)
+        return torch.autograd.grad(whole, y, grad.to(whole.dtype))
+
+    exact, other = stock(q.double(), k.double(), v.double()), stock(q, k, v)
+    if dtype == torch.float32:
+        other = cpu._backward(spec, x, out, lse, grad, *cpu._ready(spec, x, "backward"))[0]
     for mine, theirs, true in zip(
-        cpu.backward(DENSE, x, out, lse, grad), rows, exact, strict=False
+        cpu.backward(spec, x, out, lse, grad), other, exact, strict=False
     ):
         assert (mine - true).abs().max() <= 1.5 * (theirs - true).abs().max()
 
 
 @on_tiles
 @pytest.mark.usefixtures("target")
+def test_bfloat16_gradients_on_tiles_through_every_hook():
+    torch.manual_seed(9)
+    q, k, v = qkv(EVERY, 2, 2, 130, 161, torch.bfloat16)
+    x = {"q": q, "k": k, "v": v, "sinks": torch.randn(HEADS), "slopes": torch.rand(HEADS) * 0.2}
+    x |= {"bias": torch.randn(1, HEADS, 130, 161), "temperature": torch.rand(HEADS, 130) + 0.5}
+    grad = torch.randn(2, HEADS, 130, 40).to(torch.bfloat16)
+    _, _, grads = run(EVERY, x, grad)
+    y = double(x)
+    expected, _ = attention(
+        *(y["q"], y["k"], y["v"], mixed(130, 161, 3)[None]),
+        **{"scale": 0.2, "softcap": 5.0, "offset": 3, **{name: y[name] for name in HOOKS}},
+    )
+    exact = torch.autograd.grad(expected, list(y.values()), grad.double())
+    for name, true in zip(y, exact, strict=True):
+        close(getattr(grads, name), true, 2e-2)
+
+
+@on_tiles
+@of_both
+@pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("name", ["q", "k", "v", "grad"])
-def test_gradients_of_what_is_not_finite_are_those_of_vectors(name, bad):
+def test_gradients_of_what_is_not_finite_are_those_of_vectors(name, bad, dtype):
     torch.manual_seed(7)
-    x = {name: torch.randn(1, HEADS, 100, 64) for name in ("q", "k", "v", "grad")}
+    x = {name: torch.randn(1, HEADS, 100, 64).to(dtype) for name in ("q", "k", "v", "grad")}
     x[name][0, 1, 60, 5] = bad
     grad = x.pop("grad")
     inputs = BlockSparseInputs(**x)
     out, lse = cpu.forward(DENSE, inputs)
-    kernel, run = cpu._ready(DENSE, inputs, "backward")
+    kernel, function = cpu._ready(DENSE, inputs, "backward")
     assert kernel.packing == "rows"
-    expected = cpu._backward(DENSE, inputs, out, lse, grad, kernel, run)[0]
+    expected = cpu._backward(DENSE, inputs, out, lse, grad, kernel, function)[0]
     for mine, other in zip(cpu.backward(DENSE, inputs, out, lse, grad), expected, strict=True):
         if mine is not None:
             assert torch.equal(mine.isnan(), other.isnan())

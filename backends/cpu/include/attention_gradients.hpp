@@ -142,7 +142,13 @@ static inline void sum_slices(const Call& c, const Grads& g, long rows, const fl
         for (long n = n0; n < end; ++n) {
             const float* first = sums + (bh * g.slices * rows + n) * LD;
             io_t* to = out + (bh * c.N + n) * D;
-            for (int d = 0; d < D; ++d) {
+            int d = 0;
+            for (; d + LANES <= D; d += LANES) {
+                vf sum{};
+                for (long s = 0; s < g.slices; ++s) sum += load(first + s * rows * LD + d);
+                store(to + d, sum);
+            }
+            for (; d < D; ++d) {
                 float sum = 0.0f;
                 for (long s = 0; s < g.slices; ++s) sum += first[s * rows * LD + d];
                 to[d] = from_float<io_t>(sum);

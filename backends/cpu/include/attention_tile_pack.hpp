@@ -81,12 +81,12 @@ static ALWAYS_INLINE vf load_some(const io_t* p, int n) {
 
 // Up to 32 keys of D numbers as rows, whole tiles wide, or as tiles of their parts. Returns whether
 // some are not finite, which is not looked for in rows.
-template <int D> static inline bool pack_keys(int n, const io_t* src, long rs, bf16* dst) {
+template <int D, bool ROWS = PARTS == 1> static inline bool pack_keys(int n, const io_t* src, long rs, bf16* dst) {
     constexpr int WIDTH = (D + TILE_K - 1) / TILE_K * TILE_K;
     vf left{};
     for (int r = 0; r < TILE_K; ++r) {
         const io_t* row = src + r * rs;
-        if constexpr (PARTS == 1) {
+        if constexpr (ROWS) {
             bf16* to = dst + (long)r * WIDTH;
             memset(to, 0, WIDTH * 2);
             if (r < n) memcpy(to, row, D * 2);

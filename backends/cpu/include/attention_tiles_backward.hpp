@@ -1,5 +1,6 @@
-// Block-sparse attention, backward, float32 on tile registers. See attention_backward.hpp for what
-// is computed and attention_tiles.hpp for numbers as sums of three bf16 numbers.
+// Block-sparse attention, backward, on tile registers. See attention_backward.hpp for what is
+// computed and attention_tiles.hpp for float32 numbers as sums of three bf16 numbers. Of bf16 inputs
+// P and dS are rounded to bf16, sums are float32.
 //
 // Each of the five products takes 32 queries and some keys. Tiles of K, its transpose and V are made
 // once for each KV head, those of the queries and of dO once for a task, those of P and dS by the
@@ -11,7 +12,7 @@
 
 namespace {
 
-static_assert(PARTS == 3 && DQ_ROWS == DKP, "float32");
+static_assert(DQ_ROWS == DKP, "whole tiles");
 // Numbers of a block of 32 keys: tiles of K, of its transpose, of V.
 constexpr long BLOCK = 2 * K_BLOCK + V_BLOCK;
 constexpr int BLOCKS = KROWS / TILE_K;             // of a tile of keys
@@ -41,6 +42,9 @@ struct State : Sums {
     alignas(64) Operand P[2 * GATHERED][BLOCKS], D[2 * GATHERED][BLOCKS];
     alignas(64) Pairs Dp[2][BLOCKS];
     Mask mask[2];
+    // Of the products of queries and keys. float32 queries carry it themselves; bf16 ones are taken
+    // as they are: scores agree with those of the forward pass, and nothing is rounded twice.
+    vf factor[PANELS][PANEL_VECTORS];
     vf left;  // not finite where something was not
 };
 using Work = Products<BLOCKS * BLOCK_STEPS>;
@@ -85,9 +89,10 @@ static inline void load_rows(const Call& c, const Grads& g, const Task& t, float
         long row = t.row + p * PANEL;
         const io_t* q = c.q + t.b * c.q_b + t.h * c.q_h + row * c.q_m;
         const io_t* go = g.grad_out + t.b * g.go_b + t.h * g.go_h + row * g.go_m;
-        vf factor[PANEL_VECTORS];
-        row_factors(c, t, p, scale, cap, factor);
-        load_side<DK>(n, q, c.q_m, x.scale + p * PANEL, factor, x.Q[p], x.q_rows[p], x.left);
+        row_factors(c, t, p, scale, cap, x.factor[p]);
+        const bool bare = PARTS == 1;
+        load_side<DK>(n, q, c.q_m, bare ? nullptr : x.scale + p * PANEL,
+                      bare ? nullptr : x.factor[p], x.Q[p], x.q_rows[p], x.left);
         load_side<DV>(n, go, g.go_m, nullptr, nullptr, x.G[p], x.g_rows[p], x.left);
     }
 }
@@ -139,8 +144,13 @@ static ALWAYS_INLINE void put(pair* to, const Cut& even, const Cut& odd) {
 
 // Rows r and r + 1 of P and dS to tiles.
 static ALWAYS_INLINE void put_weights(int slot, int r, const vf (&a)[2], const vf (&b)[2], State& x) {
-    Cut cut[] = {Cut(a[0]), Cut(a[1]), Cut(b[0]), Cut(b[1])};
     const int block = r / TILE_K, row = r % TILE_K;
+    if constexpr (PARTS == 1) {
+        store((int32_t*)x.P[slot][block][0][row], make_pairs(a[0], a[1]));
+        store((int32_t*)x.P[slot][block][0][row + 1], make_pairs(b[0], b[1]));
+        return;
+    }
+    Cut cut[] = {Cut(a[0]), Cut(a[1]), Cut(b[0]), Cut(b[1])};
     UNROLL for (int part = 0; part < PARTS; ++part) {
         put(x.P[slot][block][part][row], cut[0], cut[1]);
         put(x.P[slot][block][part][row + 1], cut[2], cut[3]);
@@ -148,8 +158,18 @@ static ALWAYS_INLINE void put_weights(int slot, int r, const vf (&a)[2], const v
     }
 }
 static ALWAYS_INLINE void put_slopes(const Item& i, int r, const vf (&a)[2], const vf (&b)[2], State& x) {
-    Cut cut[] = {Cut(a[0]), Cut(a[1]), Cut(b[0]), Cut(b[1])};
     const int block = r / TILE_K, row = r % TILE_K;
+    if constexpr (PARTS == 1) {
+        const float* scale = x.scale + i.p * PANEL;
+        const vf low = load(scale), high = load(scale + LANES);
+        store((int32_t*)x.D[i.slot][block][0][row], make_pairs(a[0] * low, a[1] * high));
+        store((int32_t*)x.D[i.slot][block][0][row + 1], make_pairs(b[0] * low, b[1] * high));
+        int32_t* to = (int32_t*)x.Dp[i.turn][block][0][row / 2];
+        store(to, make_pairs(a[0], b[0]));
+        store(to + LANES, make_pairs(a[1], b[1]));
+        return;
+    }
+    Cut cut[] = {Cut(a[0]), Cut(a[1]), Cut(b[0]), Cut(b[1])};
     UNROLL for (int part = 0; part < PARTS; ++part) {
         put(x.D[i.slot][block][part][row], cut[0], cut[1]);
         put(x.D[i.slot][block][part][row + 1], cut[2], cut[3]);
@@ -164,8 +184,18 @@ static inline void weigh(const Call& c, const Grads& g, const Task& t, const Ite
                          State& x, Work& work) {
     float(*S)[PANEL] = x.S[i.turn], (*T)[PANEL] = x.T[i.turn];
     const Part part = i.part;
-    if constexpr (HOOKED)
+    const bool bare = PARTS == 1 && !HOOKED;
+    if constexpr (HOOKED) {
+        for (int r = 0; PARTS == 1 && r < part.rows; ++r)
+            UNROLL for (int v = 0; v < 2; ++v)
+                store(S[r] + v * LANES, load(S[r] + v * LANES) * x.factor[i.p][v]);
         adjust<true>(c, t, i.p, i.j0 + part.first, part.rows, cap, S, x.slope_of_cap);
+    }
+    vf unit[2];
+    UNROLL for (int v = 0; v < 2; ++v) {
+        unit[v] = bare ? x.factor[i.p][v] : splat(1.0f);
+        if constexpr (!SIGMOID) unit[v] *= LOG2E;
+    }
     vf lse[2] = {x.lse[i.p][0], x.lse[i.p][1]}, delta[2] = {x.delta[i.p][0], x.delta[i.p][1]};
     auto row = [&](int r, vf (&w)[2], vf (&d)[2]) INLINE_LAMBDA {
         UNROLL for (int v = 0; v < 2; ++v) {
@@ -173,9 +203,11 @@ static inline void weigh(const Call& c, const Grads& g, const Task& t, const Ite
             if (r >= part.rows) continue;
             vf s = load(S[r] + v * LANES), slope = load(T[r] + v * LANES);
             if constexpr (SIGMOID)
-                w[v] = sigmoid_(s);
+                w[v] = sigmoid_(s * unit[v]);
+            else if constexpr (PARTS == 1)
+                w[v] = exp2_rough(vmin(vf{}, s * unit[v] - lse[v]));  // in this order a NaN stays
             else
-                w[v] = exp2_neg(vmin(vf{}, s * LOG2E - lse[v]));  // in this order a NaN stays
+                w[v] = exp2_neg(vmin(vf{}, s * unit[v] - lse[v]));
             if (part.masked) w[v] = select(x.mask[i.turn].at[part.first + r][v], w[v], vf{});
             d[v] = SIGMOID ? slope * (w[v] - w[v] * w[v]) : w[v] * (slope - delta[v]);
         }
@@ -270,9 +302,9 @@ static inline bool pack_block(const Call& c, long head, bf16* to, long block) {
     const io_t* keys = c.k + b * c.k_b + h * c.k_h + n0 * c.k_n;
     const io_t* values = c.v + b * c.v_b + h * c.v_h + n0 * c.v_n;
     to += block * BLOCK;
-    bool odd = pack_keys<DK>(n, keys, c.k_n, to);
+    bool odd = pack_keys<DK, false>(n, keys, c.k_n, to);
     pack_values<DK>(n, keys, c.k_n, to + K_BLOCK);
-    odd |= pack_keys<DV>(n, values, c.v_n, to + 2 * K_BLOCK);
+    odd |= pack_keys<DV, false>(n, values, c.v_n, to + 2 * K_BLOCK);
     return !odd;
 }
 
