@@ -125,3 +125,15 @@ def test_packed_and_split_calls() -> None:
         close(packed[:, :, 71:700], forward(TOKEN, piece)[0], 1e-2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_large_outputs_that_go_past_the_caches_equal_those_of_single_heads() -> None:
+    call = halves(TOKEN, 2085, batch=2, kv_heads=8, group=1, state=False)
+    out, end = forward(TOKEN, call)
+    assert out.numel() * out.element_size() >= 2**22
+    assert call.decay is not None
+    for row, head in ((0, 0), (0, 7), (1, 3)):
+        at = (slice(row, row + 1), slice(head, head + 1))
+        one = replace(call, q=call.q[at], k=call.k[at], v=call.v[at], decay=call.decay[at])
+        alone, last = forward(TOKEN, one)
+        assert torch.equal(out[at], alone) and torch.equal(end[at], last)

@@ -273,9 +273,13 @@ static void give_state(const Scratch& s, float* p) {
     }
 }
 
+// Outputs that fill the second cache are gone from it before somebody reads them.
+constexpr long STREAMED = 1 << 22;
 static Strides strides_of(const Call& a) {
-    return {a.q.n,     a.q.h,    a.k.n,     a.v.n,   a.out.n,  a.out.h,
-            a.decay.n, a.beta.n, a.erase.n, a.add.n, a.group()};
+    const long size = a.B * a.H * a.N * DV * (long)sizeof(T);
+    const long odd = (long)a.out.p | (a.out.b | a.out.h | a.out.n) * (long)sizeof(T);
+    return {a.q.n,     a.q.h,    a.k.n,     a.v.n,   a.out.n,   a.out.h,
+            a.decay.n, a.beta.n, a.erase.n, a.add.n, a.group(), size >= STREAMED && odd % 64 == 0};
 }
 // The chunk at token t of a row and state head, that ends at `to` at the latest.
 static Chunk chunk_at(const Call& a, long row, long head, long t, long to) {
@@ -298,6 +302,7 @@ static void run_tokens(Scratch& s, const Call& a, long row, long head, long from
     const Strides st = strides_of(a);
     for (long t = from; t < to; t += CHUNK)
         run_chunk<READ, WRITE>(s, chunk_at(a, row, head, t, to), st);
+    if (TILES && st.stream) __atomic_thread_fence(__ATOMIC_SEQ_CST);  // streamed stores come late
 }
 
 static void fresh(Scratch& s) {

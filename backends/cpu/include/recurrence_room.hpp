@@ -34,6 +34,7 @@ struct Chunk {
 
 struct Strides {
     long q, qh, k, v, out, oh, g, beta, erase, add, group;
+    bool stream;  // whether outputs in whole lines go past the caches
 };
 
 // The chunk in tiles of bf16 (recurrence_tiles.hpp), where the unit has them.

@@ -30,6 +30,15 @@ static ALWAYS_INLINE void store_two(bf16* p, vf a, vf b) {
 #endif
 }
 
+// The same past the caches, to an address that is a multiple of 64: the line is not read before.
+static ALWAYS_INLINE void stream_two(bf16* p, vf a, vf b) {
+#if defined(__AVX512BF16__)
+    _mm512_stream_si512((__m512i*)p, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+#else
+    store_two(p, a, b);
+#endif
+}
+
 // The low (ODD = 0) or high halves of a, then of b.
 template <int ODD> static ALWAYS_INLINE void store_halves(bf16* p, vi a, vi b) {
 #if defined(__AVX512BW__)
@@ -220,9 +229,13 @@ static void read_tiles(Scratch& s, const Chunk& c, const Strides& st, long head,
                 if constexpr (SCALARS) x += s.scalar.read[i] * load(s.inter + i * DV + at);
                 return x * (ONES ? SCALE * inverse[i] : SCALE);
             };
-            store_two(dst + i * st.out + col, out(col), out(col + LANES));
+            if (st.stream) {
+                stream_two(dst + i * st.out + col, out(col), out(col + LANES));
+            } else {
+                store_two(dst + i * st.out + col, out(col), out(col + LANES));
+                fetch(dst + (i + CHUNK) * st.out + col);
+            }
             fetch(src + (i + CHUNK) * st.q + col);
-            fetch(dst + (i + CHUNK) * st.out + col);
             fetch(c.k + (i + CHUNK) * st.k + col);
             fetch(c.v + (i + CHUNK) * st.v + col);
         }
