@@ -37,8 +37,8 @@ struct Queue {
     const char *k, *q, *v, *p, *after;  // after: the keys of a queue that may follow
     float *s, *o;
     int k_blocks = 0, v_blocks = 0, v_steps, at = 0;
-    const char *a, *b, *next_a, *next_b;  // of the present step; of the next one
-    long row;                             // bytes from row to row of a
+    const char *a, *b, *next_a;  // of the present step; of the next one
+    long row;                    // bytes from row to row of a
     bool on, fresh, last;
     bool coarse = false;  // whether weights have two parts only
 
@@ -56,7 +56,6 @@ struct Queue {
             a = k + at * K_STEP, b = q + at * B_STEP;
             last = at == DKP / TILE_K - 1;
             next_a = last && k_blocks == 1 ? v : a + K_STEP;
-            next_b = !last ? b + B_STEP : k_blocks == 1 ? (const char*)o : q;
             if (at) return;
             tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
         } else {
@@ -64,7 +63,6 @@ struct Queue {
             a = v + at * (V_BLOCK * 2), b = p + at * B_STEP;
             last = at == v_steps - 1;
             next_a = !last ? a + V_BLOCK * 2 : v_blocks == 1 ? after : v + PARTS * TWO_TILES;
-            next_b = !last ? b + B_STEP : v_blocks == 1 ? q : (const char*)(o + 2 * TILE * PANEL);
             if (at) return;
             tile_load<0>(o, COLUMN), tile_load<1>(o + TILE, COLUMN);
             tile_load<2>(o + TILE * PANEL, COLUMN), tile_load<3>(o + TILE * PANEL + TILE, COLUMN);
@@ -82,10 +80,7 @@ struct Queue {
         load_parts(n, [&](int part) INLINE_LAMBDA { rows(part); },
                    [&](int part) INLINE_LAMBDA { columns(part); });
         if (PARTS > 1)
-            UNROLL for (int i = 0; i < 4; ++i) {
-                __builtin_prefetch(next_a + (4 * n + i) * 64);
-                __builtin_prefetch(next_b + (4 * n + i) * 64);
-            }
+            UNROLL for (int i = 0; i < 4; ++i) __builtin_prefetch(next_a + (4 * n + i) * 64);
         multiply_unit(n);
     }
     // The share of a slot, when a step is spread over `slots` of them.

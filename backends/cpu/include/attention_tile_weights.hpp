@@ -12,8 +12,9 @@ constexpr float HEAD_BITS = 3.0f, HEADROOM = 2.0f;
 static ALWAYS_INLINE vf exponent_of(vf m) { return base_of(m) + HEAD_BITS; }
 
 // A float32 weight is cut to two parts where errors of single weights average out: where the weights
-// of every row already add up to this many times exp(m). Their sum is one of cut weights too.
-constexpr float SPREAD = 64.0f;
+// of every row add up to SPREAD times exp(m), or are on the way to it, given the keys that are still
+// to come, and to SURE times already. What they are divided by is the sum of the cut weights.
+constexpr float SPREAD = 64.0f, SURE = 8.0f;
 constexpr bool MAY_CUT = PARTS > 1 && !SIGMOID;
 
 struct State {
@@ -27,6 +28,7 @@ struct State {
     // m: what weights refer to (HEAD_BITS); top: the largest score.
     vf factor[PANELS][PANEL_VECTORS], m[PANELS][PANEL_VECTORS], l[PANELS][PANEL_VECTORS];
     vf top[PANELS][PANEL_VECTORS];
+    long keys, seen[PANELS];  // that all rows of the task see; that a panel has seen
     static constexpr float UNIT = SIGMOID ? 0.0f : HEAD_BITS;
     vf largest(int p, int v) const { return top[p][v]; }
 };
@@ -48,6 +50,7 @@ static inline void load_queries(const Call& c, const Task& t, float scale, float
         const io_t* q = c.q + t.b * c.q_b + t.h * c.q_h + (t.row + p * PANEL) * c.q_m;
         row_factors(c, t, p, scale, cap, x.factor[p]);
         memset(x.O[p], 0, sizeof x.O[p]);
+        x.seen[p] = 0;
         x.odd_queries[p] = pack_queries(n, q, c.q_m, x.Q[p]);
         UNROLL for (int v = 0; v < PANEL_VECTORS; ++v) {
             // A factor that is not positive moves into the queries: then the largest product is the
@@ -135,9 +138,11 @@ static ALWAYS_INLINE void store_weights(pair (*P)[PARTS][TILE][PANEL], int row, 
 // Whether the weights of all rows of a panel are spread over many keys.
 static inline bool spread(int p, const State& x) {
     if (!MAY_CUT) return false;
+    const float share = x.seen[p] < x.keys ? (float)x.seen[p] / (float)x.keys : 1.0f;
+    const float least = SPREAD * share > SURE ? SPREAD * share : SURE;
     vi few{};
     UNROLL for (int v = 0; v < PANEL_VECTORS; ++v)
-        few |= (vi)(x.l[p][v] < SPREAD / (1 << (int)HEAD_BITS));
+        few |= (vi)(x.l[p][v] < least / (1 << (int)HEAD_BITS));
     return !any(few);
 }
 

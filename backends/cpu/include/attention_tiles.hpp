@@ -79,6 +79,8 @@ static void run(const Call& c, const Task& t, long first, float scale, float cap
     State x;
     x.rows.fill(c, t);
     load_queries(c, t, scale, cap, x);
+    x.keys = 0;
+    if (MAY_CUT) walk(c, t, x.rows, [&](int, int n, bool full) { x.keys += full ? n : 0; });
     const long head = t.b * c.Hkv + t.kv, slot = head - first;
     const bf16* k = (const bf16*)c.k_ready;
     k += c.pack_k ? slot * c.kr_h : t.b * c.kr_b + t.kv * c.kr_h;
@@ -101,6 +103,7 @@ static void run(const Call& c, const Task& t, long first, float scale, float cap
             move_largest(now.p, top, shrink, x);
             if (apart) shrink_sums(now.p, shrink, x, queue);
             now.coarse = !now.plain_values && spread(now.p, x);
+            x.seen[now.p] += now.part.rows;
             if (now.plain_values)
                 weigh<true, false>(now, x, queue);
             else if (now.coarse)
