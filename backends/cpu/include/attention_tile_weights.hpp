@@ -125,14 +125,14 @@ static ALWAYS_INLINE void store_weights(pair (*P)[PARTS][TILE][PANEL], int row, 
         return;
     }
     const int32_t high = (int32_t)0xffff0000, half = COARSE ? 0x8000 : 0;
-    vf rest_a = a, rest_b = b, sum_a{}, sum_b{};
+    vf rest_a = a, rest_b = b;
     UNROLL for (int part = 0; part < (COARSE ? 2 : PARTS); ++part) {
         vi x = ((vi)rest_a + half) & high, y = ((vi)rest_b + half) & high;
         store(to + part * (TILE * PANEL), (vi)((vu)x >> 16) | y);
         rest_a -= (vf)x, rest_b -= (vf)y;
-        sum_a += (vf)x, sum_b += (vf)y;
+        if (COARSE && part == 0) a = (vf)x, b = (vf)y;
+        if (COARSE && part > 0) a += (vf)x, b += (vf)y;
     }
-    if (COARSE) a = sum_a, b = sum_b;
 }
 
 // Whether the weights of all rows of a panel are spread over many keys.
