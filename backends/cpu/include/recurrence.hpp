@@ -34,12 +34,23 @@ struct Call {
     long length(long row) const { return cu ? cu[row + 1] - cu[row] : N; }
 };
 
+// A store of results: the instruction that rounds them to bf16 makes subnormal numbers 0.
+template <class E> static ALWAYS_INLINE void store_rounded(E* p, vf x) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    if constexpr (sizeof(E) == 2) {
+        __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+        memcpy(p, &half, sizeof half);
+        return;
+    }
+#endif
+    store(p, x);
+}
 template <class E> static ALWAYS_INLINE vf load_upto(const E* p, int n) {
     return n >= LANES ? load(p) : load_part(p, n);
 }
 template <class E> static ALWAYS_INLINE void store_upto(E* p, vf x, int n) {
     if (n >= LANES)
-        store(p, x);
+        store_rounded(p, x);
     else
         store_part(p, x, n);
 }
