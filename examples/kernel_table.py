@@ -148,6 +148,8 @@ def main() -> None:
     half = halves(measure, lengths)
     capped = without_tiles(options)
     train = measure(only=TRAINED, lengths=(4096,), train=True, compiled=False)
+    slopes = {"dtype": "bfloat16", "train": True, "compiled": False}
+    train_half = measure(only=("dense",), lengths=(1024, 2048, 4096), **slopes)
     steps = measure(only=("cache_step",), lengths=(4096, 32768))
     recurrent = measure(only=("recurrent_step",), lengths=(1,))
     tiny = measure(only=("recurrent_step",), lengths=(1,), heads=1, kv_heads=1, width=16)
@@ -165,7 +167,7 @@ def main() -> None:
     text += ["", "Made by `examples/kernel_table.py`; medians, all contenders of a row in one run."]
     text += ["`ratio` is the fastest named stock way over ours. One thread unless said."]
     text += section("Forward", [forward, longest, *half[:3]])
-    text += section("Forward and backward", [train])
+    text += section("Forward and backward", [train, train_half])
     text += section("One token", [steps, half[3], recurrent])
     call = tiny.points[0].seconds[OURS]
     text += [
@@ -176,11 +178,11 @@ def main() -> None:
     text += capped["rows"]
     text += ["", f"With {', '.join(f'`{k}={v}`' for k, v in CAPPED.items())}; ours unchanged."]
     text += ["", gains(cores)]
-    left = {(c, why) for t in (forward, *half, train) for c, _, why in t.failed}
+    left = {(c, why) for t in (forward, *half, train, train_half) for c, _, why in t.failed}
     text += ["", *(f"Left out, {case}: {why}" for case, why in sorted(left))]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kernel_figures.md").write_text("\n".join(text).rstrip() + "\n")
-    every = (forward, longest, *half, train, steps, recurrent, tiny, *cores)
+    every = (forward, longest, *half, train, train_half, steps, recurrent, tiny, *cores)
     figures = [json.loads(t) for t in (*(t.to_json() for t in every), *capped["tables"])]
     (options.out / "kernel_figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     draw(forward, options.out / "kernel_figures.svg")
