@@ -4,12 +4,12 @@
 constexpr int WIDE = ROWS == 8 ? 4 * LANES : PANEL;
 template <int NV> constexpr int HEIGHT = NV == 4 ? 6 : ROWS;
 
-// f(std::integral_constant<int, NV>, column) for panels of NV vectors that cover DP columns.
+// f(std::integral_constant<int, NV>, column) for panels of NV vectors that cover DP columns: of one
+// width where that is the wide one, of two widths at most, since each costs compile time.
 template <int DP, class F> static ALWAYS_INLINE void panels(F f) {
-    for (int c = 0; c + WIDE <= DP; c += WIDE) f(std::integral_constant<int, WIDE / LANES>{}, c);
-    if constexpr (DP % WIDE >= PANEL)
-        f(std::integral_constant<int, PANEL_VECTORS>{}, DP / WIDE * WIDE);
-    if constexpr (DP % PANEL != 0) f(std::integral_constant<int, 1>{}, DP / PANEL * PANEL);
+    constexpr int step = DP % WIDE ? PANEL : WIDE;
+    for (int c = 0; c + step <= DP; c += step) f(std::integral_constant<int, step / LANES>{}, c);
+    if constexpr (DP % step != 0) f(std::integral_constant<int, 1>{}, DP / step * step);
 }
 
 // f(std::integral_constant<int, M>, row) for tiles of M rows and NV vectors: four heights instead of
