@@ -118,7 +118,9 @@ class Masters:
                 value.copy_(sharding.as_sharded(tensors[f"value.{name}"], value))
         for name, value in self.values.items():
             slots = {s: tensors[f"{s}.{name}"].clone() for s in SLOTS if f"{s}.{name}" in tensors}
-            for slot in slots.keys() - {"step"}:
+            # Dealing out is collective: every process has to take the slots in the same order,
+            # which that of a set of strings is not.
+            for slot in (s for s in slots if s != "step"):
                 slots[slot] = sharding.as_sharded(slots[slot], value)
             if slots:
                 self.optimiser.state[value] = slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,33 @@ def test_rows_are_dealt_out() -> None:
     assert mine.mask is not None
     assert torch.equal(mine.mask, mask[1::2])
     assert weight == 2 * 3 / 4
+
+
+ORDER = """
+import torch
+from rewriter.distill import sharding, trainer
+class Stage:
+    core, rates, body = {"w": torch.nn.Parameter(torch.zeros(2))}, {"w": 1.0}, {}
+masters = trainer.Masters(Stage(), 0.1, 0.1)
+masters.live["w"].grad = torch.ones(2)
+masters.step([0.1], [["w"]], None)
+saved = {name: tensor.detach().clone() for name, tensor in masters.state().items()}
+names = {tuple(saved[f"{n}.w"].tolist()): n for n in ("value", "exp_avg", "exp_avg_sq")}
+def note(tensor, like):
+    print(names[tuple(tensor.tolist())])
+    return tensor
+sharding.as_sharded = note
+masters.load(saved)
+"""
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_state_is_dealt_out_in_the_same_order_by_every_process(seed: str) -> None:
+    # Each process has its own order of sets, and the collectives of a load are matched by order.
+    words = [sys.executable, "-c", ORDER]
+    hashing = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=hashing)
+    assert done.stdout.split() == ["value", "exp_avg", "exp_avg_sq"]
 
 
 @pytest.mark.usefixtures("second_of_two")
