@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from rewriter.ir.contract import ContractResult, judged
-from rewriter.ir.site import AttentionSite
+from rewriter.ir.site import AddTerm, AttentionSite, FillTerm, TermRole
 from rewriter.ir.state import State
-from rewriter.mixers.base import Mixer
+from rewriter.mixers.base import Mixer, Terms
 from rewriter.mixers.tokens import Tokens
 from rewriter.passes.compare import max_difference
 
@@ -34,6 +34,31 @@ def sample(site: AttentionSite, tokens: int, batch: int = 2, seed: int = 0) -> T
         hidden=normal(batch, tokens, site.hidden_dim) if site.hidden_dim else None,
         bias=normal(1, heads.query, 1, tokens) if site.has_bias else None,
     )
+
+
+def sample_terms(site: AttentionSite, data: Tokens) -> Terms:
+    """The mask and bias tensors that a call without padding brings, as the site's steps read them.
+
+    Learned sinks are logits of 0; a learned factor of the scores is absent.
+    """
+    steps = torch.arange(data.count)
+    shown = site.mask.dense(steps, steps)[None, None]
+
+    def term(index: int, role: TermRole) -> torch.Tensor | None:
+        if role == "sink":
+            return torch.zeros(1, site.heads.query, 1, 1)
+        fill = next((s for s in site.score if isinstance(s, FillTerm) and s.index == index), None)
+        if fill is not None:
+            return shown if fill.keep else ~shown
+        if role == "bias" or not any(
+            isinstance(s, AddTerm) and s.index == index for s in site.score
+        ):
+            return data.bias
+        hiding = torch.zeros(shown.shape).masked_fill(~shown, -torch.inf)
+        return hiding if role == "mask" or data.bias is None else hiding + data.bias
+
+    roles = enumerate(site.terms)
+    return tuple(None if role in ("none", "temperature") else term(i, role) for i, role in roles)
 
 
 def check_core(core: Mixer, subject: str) -> Iterator[ContractResult]:

@@ -21,6 +21,8 @@ DAILY = {
 }
 """Grouped heads, window, partial rotary, fused projection, soft-capping, ALiBi in folded heads,
 padding, images. The whole product runs every night; `tests/match` finds all of it every time."""
+EXACT_DAILY = {("llama", "eager"), ("bloom", "eager")}
+"""Masks and biases that a call has to bring."""
 CASES = [
     pytest.param(
         name,
@@ -64,6 +66,22 @@ def test_every_site_is_found_proved_and_rewritten(name: str, implementation: str
     expected = call(model)
     difference = (call(result) - expected).abs().max() / expected.abs().max()
     assert difference <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        pytest.param(
+            *case.values, marks=[] if case.values in EXACT_DAILY else [pytest.mark.nightly]
+        )
+        for case in CASES
+    ],
+)
+def test_exact_cores_keep_every_contract(name: str, implementation: str) -> None:
+    report = rewriter.report_of(rewriter.rewrite(build(name, implementation), "exact"))
+    assert report.passed
+    timed = [c for c in report.contracts if c.check == "crossover length (tokens)"]
+    assert timed
 
 
 def mostly(names: set[str], daily: set[str]) -> list[Any]:
