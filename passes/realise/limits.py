@@ -34,11 +34,18 @@ class Limits:
     guards: Sequence[sympy.Basic]
     _known: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False)
 
-    def fit(self, tensors: Mapping[Path, torch.Tensor]) -> bool:
+    def fit(self, tensors: Mapping[Path, torch.Tensor], cached: bool = False) -> bool:
         """Whether the trace holds for tensors of these sizes.
 
         Export fixes sizes of 1, so it never traces one; one row or token runs as several do.
+
+        Args:
+            cached: behind a cache, where there are fewer queries than keys. No trace was made like
+                that; only what served all rows must not be there for each of them now.
         """
+        if cached:
+            shared = (p for p, shape in self.shapes.items() if shape and shape[0] == 1)
+            return all(tensors[path].shape[0] == 1 for path in shared)
         for path, shape in self.shapes.items():
             sizes = tensors[path].shape
             if len(sizes) != len(shape):

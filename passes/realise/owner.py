@@ -146,8 +146,7 @@ class ReEmitted(InPlace):
         silent = tuple(bool(getattr(core, "silent", False)) for core in cores)
         pattern, tensors, cache = read(named, self.training, provides, silent)
         known = state.cache.traced.setdefault(pattern, [])
-        # Behind a cache there are fewer queries than keys, and no trace was made like that.
-        traced = next((t for t in known if cache is not None or t.limits.fit(tensors)), None)
+        traced = next((t for t in known if t.limits.fit(tensors, cache is not None)), None)
         if traced is None:
             try:
                 traced = trace(self, state, named, pattern, tensors)
@@ -220,7 +219,7 @@ def trace(
     by_text = _argument_paths(pattern)
     known = state.cache.captures.setdefault(replace(pattern, weights=(), silent=()), [])
     cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
-    capture_ = next((c for c in known if cached or c.limits.fit(tensors)), None)
+    capture_ = next((c for c in known if c.limits.fit(tensors, cached)), None)
     if capture_ is None:
         again = bool(known)
         capture_ = _captured(owner, state, named, tensors, by_text, where, again, cached)
@@ -285,12 +284,12 @@ def _captured(
         reason = f"cannot trace {where}: its forward takes any number of arguments, '*{name}'"
         raise UntracedError(state.sites[0], reason)
     book = state.cache.book
-    if not again:
-        found = _alone(owner, state, book.generic(named, tensors), paths, where)
+    if cached or not again:  # lengths of a call behind a cache fit no trace
+        found = _alone(owner, state, book.generic(named, tensors), tensors, paths, where)
         if cached or found.limits.fit(tensors):
             return found
     for template in (book.generic(named, tensors, own=True), named):
-        found = _alone(owner, state, template, paths, where)
+        found = _alone(owner, state, template, tensors, paths, where)
         if found.limits.fit(tensors):
             return found
     reason = f"cannot trace {where}: its code is made for other sizes than those of this call"
@@ -301,6 +300,7 @@ def _alone(
     owner: nn.Module,
     state: OwnerState,
     template: Mapping[str, Any],
+    tensors: Mapping[Path, torch.Tensor],
     paths: Mapping[str, Path],
     where: str,
 ) -> Capture:
@@ -308,7 +308,7 @@ def _alone(
     call = map_leaves(template, _without_cache)
     with torch.no_grad():
         live = original(**call)
-    captured = capture(original, (), call, state.cache.book.fixed())
+    captured = capture(original, (), call, state.cache.book.fixed(tensors))
     if isinstance(captured, NearMiss):
         raise UntracedError(state.sites[0], f"cannot trace {where}: {captured.reason}")
     found = match(captured)

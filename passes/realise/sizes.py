@@ -54,13 +54,20 @@ class SizeBook:
             shape = tuple(int(a) if a == b else _scaled(a, b, sizes) for a, b in pairs)
             self.labels[path] = shape
 
-    def fixed(self) -> dict[str, frozenset[int]]:
-        """Dimensions that did not change with batch or length, by the capture's input path."""
+    def fixed(self, tensors: Mapping[Path, torch.Tensor]) -> dict[str, frozenset[int]]:
+        """Dimensions that did not change with batch or length, by the capture's input path.
+
+        Args:
+            tensors: of the call; what serves all rows elsewhere may be there for each row in it.
+        """
+        known = self._known(tensors)
+        labels = {**self.labels}
+        labels |= {p: self._now(p, t, known) for p, t in tensors.items() if p in labels}
         return {
             "kwargs." + ".".join(map(str, path)): frozenset(
-                d for d, label in enumerate(labels) if not isinstance(label, Scaled)
+                d for d, label in enumerate(shape) if not isinstance(label, Scaled)
             )
-            for path, labels in self.labels.items()
+            for path, shape in labels.items()
         }
 
     def generic(
@@ -71,11 +78,7 @@ class SizeBook:
         Args:
             own: batch and lengths above 1 stay what they are in this call.
         """
-        known: dict[Name, int] = {}
-        for path, tensor in tensors.items():
-            for label, size in zip(self.labels.get(path, ()), tensor.shape, strict=False):
-                if isinstance(label, Scaled):
-                    known.setdefault(label.name, int(size) // label.factor)
+        known = self._known(tensors)
         cached = any(isinstance(value, Cache) for _, value in walk(dict(named)))
         if not cached and all(size > 1 for size in known.values()):
             return dict(named)
@@ -91,12 +94,28 @@ class SizeBook:
 
         return map_leaves(named, change)
 
+    def _known(self, tensors: Mapping[Path, torch.Tensor]) -> dict[Name, int]:
+        """Batch and lengths of a call."""
+        known: dict[Name, int] = {}
+        for path, tensor in tensors.items():
+            for label, size in zip(self.labels.get(path, ()), tensor.shape, strict=False):
+                if isinstance(label, Scaled):
+                    known.setdefault(label.name, int(size) // label.factor)
+        return known
+
+    def _now(self, path: Path, value: torch.Tensor, known: Mapping[Name, int]) -> tuple[Label, ...]:
+        """The labels of a tensor in this call: what served all rows may be there for each row."""
+        labels = self.labels.get(path)
+        if labels is None or len(labels) != value.dim():
+            return tuple(_guess(d, n, value, known) for d, n in enumerate(value.shape))
+        if labels and labels[0] == 1 and value.shape[0] == known.get("batch", 1) > 1:
+            return Scaled("batch"), *labels[1:]
+        return labels
+
     def _rebuilt(
         self, path: Path, value: torch.Tensor, known: Mapping[Name, int], wanted: Sizes
     ) -> torch.Tensor:
-        labels = self.labels.get(path)
-        if labels is None or len(labels) != value.dim():
-            labels = tuple(_guess(d, n, value, known) for d, n in enumerate(value.shape))
+        labels = self._now(path, value, known)
         shape = [wanted[x.name] * x.factor if isinstance(x, Scaled) else x for x in labels]
         if value.dtype == torch.bool or not value.is_floating_point():
             return torch.ones(shape, dtype=value.dtype, device=value.device)

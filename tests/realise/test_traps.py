@@ -11,11 +11,14 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, Residual, build
 from torch import nn
+from transformers import GPTJConfig, GPTJForCausalLM
 
 import rewriter
 from rewriter.passes.realise.owner import emissions_of
 
 WINDOW = {"rules": [{"use": "sink_window", "options": {"window": 5, "sinks": 2}}]}
+
+WIDE = {"rules": [{"use": "sink_window", "options": {"window": 16, "sinks": 2}}]}
 
 
 def rewritten(model: nn.Module, policy: Any = "identity", **kwargs: Any) -> Any:
@@ -99,6 +102,22 @@ def test_each_pattern_of_absent_inputs_has_its_own_graph() -> None:
     assert torch.equal(result(x, keep), model(x, keep))
     assert torch.equal(result(x), model(x))
     assert torch.equal(result(x[:1, :1]), model(x[:1, :1]))
+
+
+@pytest.mark.parametrize("policy", ["exact", WIDE])
+def test_positions_of_one_row_and_of_each_row(policy: Any) -> None:
+    """A table repeated once for every row of positions: one row's trace does not serve several."""
+    torch.manual_seed(0)
+    config = GPTJConfig(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY, rotary_dim=8,
+                        n_positions=64, bos_token_id=1, eos_token_id=None)  # fmt: skip
+    model = GPTJForCausalLM(config).eval()
+    ours = rewritten(model, policy)
+    for rows, padded in ((1, 0), (2, 0), (3, 2), (1, 0)):
+        mask = torch.ones(rows, 5, dtype=torch.int64)
+        mask[0, :padded] = 0
+        more = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        prompt = ids(rows, 5)
+        assert torch.equal(ours.generate(prompt, **more), model.generate(prompt, **more))
 
 
 def test_sliding_window_padding_is_not_read_off_the_last_mask_row() -> None:
