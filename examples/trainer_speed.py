@@ -8,9 +8,10 @@ loop is a `Trainer` whose `compute_loss` calls both models, once with float32 we
 autocast and once with bfloat16 weights, as published conversion scripts do. Rounds take turns;
 medians over steps, the first step of every round left out.
 
-Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher. The
-bound beside it is the new parameters in float32 with gradient and both moments of the optimiser,
-and what the process grows by during forward and backward of one layer alone.
+Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher, as the
+allocator keeps freed memory, and in a second process with it given back at once: what is in use.
+The bound beside it is the new parameters in float32 with gradient and both moments of the
+optimiser, and what the process grows by during forward and backward of one layer alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import ctypes
 import gc
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -42,6 +45,12 @@ from rewriter.distill.stages import MatchLayers, MatchLogits
 
 console = Console()
 PAGE = os.sysconf("SC_PAGE_SIZE")
+GIVEN_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""glibc maps larger blocks each for itself, so they are gone when freed."""
 
 
 def clock() -> float:
@@ -228,16 +237,22 @@ def memory(teacher: nn.Module, student: nn.Module, rows: Rows, options: argparse
         }
     )
     distill(teacher, student, rows, config)  # what is compiled and cached once is not counted
+    owned = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    console.print(f"loaded teacher: {owned / 2**20:.0f} MiB of weights")
     new, kept = bound(teacher, student, rows, config)
     release()
     grown = peak_during(lambda: distill(teacher, student, rows, config))
-    owned = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    held = "given back at once" if GIVEN_BACK.items() <= os.environ.items() else "kept"
     console.print(
-        f"layer by layer: {grown / 2**20:.0f} MiB over the loaded teacher "
-        f"({owned / 2**20:.0f} MiB of weights); one layer's activations and its optimiser: "
-        f"{(new + kept) / 2**20:.0f} MiB ({new / 2**20:.0f} of new parameters and their "
-        f"optimiser, {kept / 2**20:.0f} of activations)"
+        f"layer by layer, freed memory {held}: {grown / 2**20:.0f} MiB over the teacher; one "
+        f"layer's activations and its optimiser: {(new + kept) / 2**20:.0f} MiB "
+        f"({new / 2**20:.0f} of new parameters and their optimiser, {kept / 2**20:.0f} of "
+        "activations)"
     )
+    if held == "kept":
+        again = [sys.executable, __file__, "--assets", str(options.assets), "--only", "memory"]
+        more = ["--length", str(options.length), "--threads", str(options.threads)]
+        subprocess.run([*again, *more], env=os.environ | GIVEN_BACK, check=True)
 
 
 def bound(teacher: nn.Module, student: nn.Module, rows: Rows, config: Any) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Started by `torchrun`, with a process group of gloo on CPUs or NCCL on GPUs; without a group
 everything here is the identity. The teacher is replicated. What trains is sharded: every new core
-by itself, since it is float32, low-rank updates layer by layer, and with `train: all` every block.
+by itself, since it is float32, each factor of a low-rank update, and with `train: all` every block.
 """
 
 from __future__ import annotations
@@ -50,12 +50,9 @@ def shard(student: nn.Module, trained: Iterable[str]) -> None:
     for path, core in cores.items():
         if any(name.startswith(f"{path}.") for name in names):
             fully_shard(core, mesh=mesh)
-    updates: dict[str, list[nn.Module]] = {}
     for path, module in student.named_modules():
         if ".lora_" in path and next(module.parameters(recurse=False), None) is not None:
-            updates.setdefault(path.split(".lora_")[0], []).append(module)
-    for modules in updates.values():
-        fully_shard(modules, mesh=mesh)
+            fully_shard(module, mesh=mesh)  # each by itself: a root of several modules is refused
     inside = tuple(f"{path}." for path in cores)
     if all(".lora_" in name or name.startswith(inside) for name in names):
         return
