@@ -41,7 +41,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import rewriter
 from rewriter.checkpoint import open_checkpoint
 from rewriter.distill import Progress, Rows, Silent, distill, packed_corpus, parse_config
-from rewriter.distill.stages import MatchLayers, MatchLogits
+from rewriter.distill.match_layers import MatchLayers
+from rewriter.distill.match_logits import MatchLogits
 
 console = Console()
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -14,10 +14,12 @@ from rewriter.distill.config import Budget, DistillConfig
 from rewriter.distill.copies import core_names, rewritten_cores
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
+from rewriter.distill.match_layers import MatchLayers
+from rewriter.distill.match_logits import MatchLogits
 from rewriter.distill.precision import compute_dtype
 from rewriter.distill.progress import Reporter, Silent, duration
 from rewriter.distill.resume import Snapshot, latest, save
-from rewriter.distill.stages import MatchLayers, MatchLogits, Stage
+from rewriter.distill.stages import Stage
 from rewriter.distill.trainer import StageResult, Trainer
 
 STAGE_ORDER = ("layers", "logits")

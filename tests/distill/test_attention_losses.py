@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rewriter import rewrite
-from rewriter.distill import Rows, distill, parse_config, stages
+from rewriter.distill import Rows, distill, match_layers, parse_config
 from rewriter.distill.attention import attention_losses, drawn, softmax_rows
-from rewriter.distill.stages import MatchLayers
+from rewriter.distill.match_layers import MatchLayers
 from rewriter.errors import UnsupportedError, UsageError
 from rewriter.ir.mask import Causal, KeyPadding, Mask
 from rewriter.ir.site import AttentionSite, HeadGroups, Scale, Softcap, Source
@@ -215,9 +215,9 @@ def test_modules_and_runs_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatc
     student = rewrite(teacher, {"rules": [{"use": "hedgehog"}]}, verify="none", force=True)
     config = stage_of(attention="frobenius", output=0)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "rewritten_owners", lambda model: {})
+        patch.setattr(match_layers, "rewritten_owners", lambda model: {})
         with pytest.raises(UsageError, match="has no attention weights to learn"):
             MatchLayers(teacher, student, config)
-    monkeypatch.setattr(stages, "size", lambda: 2)
+    monkeypatch.setattr(match_layers, "size", lambda: 2)
     with pytest.raises(UsageError, match="one process only"):
         MatchLayers(teacher, student, config)

@@ -14,7 +14,8 @@ from rewriter import rewrite
 from rewriter.distill import Rows, distill, parse_config
 from rewriter.distill.copies import core_names, rewritten_cores, rewritten_owners
 from rewriter.distill.lora import site_projections
-from rewriter.distill.stages import MatchLayers, dropping
+from rewriter.distill.match_layers import MatchLayers
+from rewriter.distill.stages import dropping
 from rewriter.evaluate import kl_to_teacher, without_branch
 
 pytestmark = pytest.mark.usefixtures("generated_kernels")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rewriter.distill import Rows, distill, parse_config
 from rewriter.distill.copies import core_names
 from rewriter.distill.losses import divergence, output_error
-from rewriter.distill.stages import MatchLayers, MatchLogits
+from rewriter.distill.match_layers import MatchLayers
+from rewriter.distill.match_logits import MatchLogits
 from rewriter.errors import UsageError
 
 

@@ -17,7 +17,7 @@ import rewriter
 from rewriter.distill import DistillConfig, LayerStage
 from rewriter.distill.copies import core_names
 from rewriter.distill.data import Rows
-from rewriter.distill.stages import MatchLayers
+from rewriter.distill.match_layers import MatchLayers
 from rewriter.errors import NoSiteError, UnsupportedError, UsageError, VerificationError
 from rewriter.mixers.base import Mixer
 from rewriter.passes.examples import examples_for

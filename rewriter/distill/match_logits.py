@@ -1,0 +1,117 @@
+"""Stage 2: the whole student imitates the teacher's predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewriter.distill.config import DistillConfig, LogitStage
+from rewriter.distill.copies import core_names, core_rates, private_copy, write_body, write_core
+from rewriter.distill.data import Rows
+from rewriter.distill.lora import inject_lora
+from rewriter.distill.losses import divergence
+from rewriter.distill.precision import compute_dtype
+from rewriter.distill.sharding import as_sharded, shard, whole
+from rewriter.distill.stages import Losses, call, dropping
+from rewriter.errors import UsageError
+
+
+class MatchLogits:
+    """Stage 2: the whole student imitates the teacher's distribution over the next token."""
+
+    name = "logits"
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillConfig):
+        """Args: the models as given (they are not changed) and the settings."""
+        assert config.logits is not None
+        self.options: LogitStage = config.logits
+        self._original = teacher
+        names = core_names(student)
+        dtype = compute_dtype(config.dtype, teacher)
+        body = []
+        if self.options.train == "all":
+            body = [n for n, p in student.named_parameters() if p.is_floating_point()]
+            body = [n for n in body if n not in set(names)]
+        tensors: dict[int, torch.Tensor] = {}
+        self.teacher = private_copy(teacher, dtype, tensors)
+        self.student = private_copy(student, dtype, tensors, master=names, own=body)
+        self._lora: dict[str, Any] = {}
+        if self.options.train == "lora":
+            self._lora = inject_lora(self.student, self.options, config.seed)
+            body = [n for n, _ in self.student.named_parameters() if ".lora_" in n]
+        if not names and not body:
+            raise UsageError(
+                "Nothing would train: the rewritten modules have no new parameters, so choose "
+                "train 'lora' or 'all' for the 'logits' stage."
+            )
+        trained = {*names, *body}
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in trained)
+        shard(self.student, trained)
+        self.core = {n: self.student.get_parameter(n) for n in names}
+        self.rates = core_rates(self.student)
+        self.body = {n: self.student.get_parameter(n) for n in body}
+        self.groups = [[*self.core, *self.body]]
+
+    def backward(self, rows: Rows, scale: float) -> Losses:
+        with dropping(self.student, self.options.drop_window):
+            out = _logits(call(self.student, rows))
+        if self.options.ce < 1:
+            with torch.no_grad():
+                target = _logits(call(self.teacher, rows))
+        else:
+            target = out  # the divergence has no weight: no teacher is needed
+        labels = None
+        if self.options.ce > 0:
+            labels = torch.full_like(rows.ids, -1)
+            labels[:, :-1] = rows.ids[:, 1:]
+            if rows.mask is not None:
+                labels[:, :-1][rows.mask[:, 1:] == 0] = -1
+        loss = divergence(
+            out,
+            target,
+            rows.mask,
+            labels,
+            self.options.ce,
+            self.options.chunk,
+        )
+        torch.autograd.backward(loss * scale)
+        return Losses(loss.item(), {})
+
+    def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
+        write_core(student, {n: values[n] for n in self.core})
+        if self._lora:
+            with torch.no_grad():
+                for name in self.body:
+                    self.body[name].copy_(as_sharded(values[name], self.body[name]))
+            update = {
+                f"{path}.weight": _merger(layer.get_delta_weight("default"))
+                for path, layer in self._lora.items()
+            }
+            write_body(student, self._original, update)
+        elif self.body:
+            write_body(student, self._original, {n: _replacer(values[n]) for n in self.body})
+
+
+def _merger(delta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    full = whole(delta.detach()).float()
+    return lambda old: old + full
+
+
+def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda old: value
+
+
+def _logits(output: Any) -> torch.Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, torch.Tensor):
+        logits = output
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise UsageError(
+            "The model returns no (batch, tokens, vocabulary) logits, so the 'logits' stage cannot "
+            "run: use the 'layers' stage alone."
+        )
+    return logits
