@@ -19,7 +19,13 @@ NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
 def forward(
-    student: Tensor, teacher: Tensor, labels: Tensor, ce: float, weight: float, scale: float
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    ce: float,
+    weight: float,
+    scale: float,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of (1 - ce) KL(teacher || student) + weight * cross-entropy, and its slope.
 
@@ -28,6 +34,8 @@ def forward(
         labels: (T) int64; negative where there is none.
         ce, weight: of the two terms.
         scale: the slope is multiplied by it.
+        into: where the slope goes: a tensor of its size and dtype, with rows in one piece, which
+            may be the student's.
 
     Returns:
         A float64 scalar, and (T, V) in the dtype of the logits.
@@ -41,12 +49,13 @@ def forward(
     student, teacher = (t if t.stride(-1) == 1 else t.contiguous() for t in (student, teacher))
     rows, vocabulary = student.shape
     labels = labels.contiguous()
-    slope = torch.empty((rows, vocabulary), dtype=student.dtype)
+    slope = torch.empty((rows, vocabulary), dtype=student.dtype) if into is None else into
     losses = torch.empty(rows, dtype=torch.float64)
     call = struct.pack(
-        "10q3d",
+        "11q3d",
         *(t.data_ptr() for t in (student, teacher, labels, slope, losses)),
-        *(rows, vocabulary, student.stride(0), teacher.stride(0), torch.get_num_threads()),
+        *(rows, vocabulary, student.stride(0), teacher.stride(0), slope.stride(0)),
+        torch.get_num_threads(),
         *(ce, weight, scale),
     )
     run(ctypes.cast(ctypes.c_char_p(call), ctypes.c_void_p))

@@ -13,7 +13,15 @@ from rewriter.backends.ops.choice import VARIABLE, switched_on
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, labels: Tensor, ce: float, weight: float, chunk: int
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    ce: float,
+    weight: float,
+    chunk: int,
+    *,
+    count: int | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean over rows of (1 - ce) KL(teacher || student) + weight * cross-entropy, and its slope.
 
@@ -24,15 +32,19 @@ def divergence(
         labels: (T) int64; negative where there is none.
         ce, weight: of the two terms.
         chunk: rows held in float32 at once where torch computes.
+        count: of the rows over which the mean is taken, where these are some of them.
+        into: where the slope goes, (T, V) in the student's dtype with rows in one piece; it may be
+            the student's own memory.
 
     Returns:
         A float64 scalar, and its gradient (T, V) in the dtype of the student.
     """
-    scale = 1.0 / max(1, student.shape[0])
+    scale = 1.0 / max(1, student.shape[0] if count is None else count)
     if _served(student, teacher):
-        total, slope = generated.forward(student, teacher, labels, ce, weight, scale)
+        total, slope = generated.forward(student, teacher, labels, ce, weight, scale, into)
         return total * scale, slope
-    return _by_torch(student, teacher, labels, ce, weight, chunk, scale)
+    slopes = torch.empty_like(student) if into is None else into
+    return _by_torch(student, teacher, labels, ce, weight, chunk, scale, slopes)
 
 
 def _served(student: Tensor, teacher: Tensor) -> bool:
@@ -53,8 +65,8 @@ def _by_torch(
     weight: float,
     chunk: int,
     scale: float,
+    slopes: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    slopes = torch.empty_like(student)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     for start in range(0, student.shape[0], chunk):
         part = slice(start, start + chunk)

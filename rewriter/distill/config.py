@@ -96,7 +96,7 @@ class LogitStage(Budget):
         body_lr: learning rate of what is not `core.*`.
         rank, alpha: of the low-rank updates.
         ce: weight of the cross-entropy on the text; the Kullback-Leibler term has 1 - ce.
-        chunk: tokens whose logits are held in float32 at once.
+        chunk: tokens whose logits are held at once.
     """
 
     lr: float = Field(default=1e-3, gt=0)
@@ -105,7 +105,7 @@ class LogitStage(Budget):
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)
     ce: float = Field(default=0.0, ge=0, le=1)
-    chunk: int = Field(default=256, ge=1)
+    chunk: int = Field(default=512, ge=1)
 
 
 class DistillConfig(_Strict):

@@ -62,7 +62,7 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
-        return saved * grads[0].to(saved.dtype), None, None, None, None
+        return saved.mul_(grads[0].to(saved.dtype)), None, None, None, None
 
 
 def divergence(

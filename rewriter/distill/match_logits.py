@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,10 +12,11 @@ from torch import nn
 from rewriter.distill.config import DistillConfig, LogitStage
 from rewriter.distill.copies import core_names, core_rates, private_copy, write_body, write_core
 from rewriter.distill.data import Rows
+from rewriter.distill.head import Heads, heads_of, logits_of
 from rewriter.distill.lora import inject_lora
 from rewriter.distill.losses import divergence
 from rewriter.distill.precision import compute_dtype
-from rewriter.distill.sharding import as_sharded, shard, whole
+from rewriter.distill.sharding import as_sharded, shard, size, whole
 from rewriter.distill.stages import Losses, call, dropping
 from rewriter.errors import UsageError
 
@@ -55,31 +57,38 @@ class MatchLogits:
         self.rates = core_rates(self.student)
         self.body = {n: self.student.get_parameter(n) for n in body}
         self.groups = [[*self.core, *self.body]]
+        self._heads: Heads | Literal["unknown"] | None = "unknown"
 
     def backward(self, rows: Rows, scale: float) -> Losses:
-        with dropping(self.student, self.options.drop_window):
-            out = _logits(call(self.student, rows))
-        if self.options.ce < 1:
-            with torch.no_grad():
-                target = _logits(call(self.teacher, rows))
-        else:
-            target = out  # the divergence has no weight: no teacher is needed
+        if self._heads == "unknown":
+            self._heads = self._found_heads(rows)
+        heads = self._heads
+        options = self.options
         labels = None
-        if self.options.ce > 0:
+        if options.ce > 0:
             labels = torch.full_like(rows.ids, -1)
             labels[:, :-1] = rows.ids[:, 1:]
             if rows.mask is not None:
                 labels[:, :-1][rows.mask[:, 1:] == 0] = -1
-        loss = divergence(
-            out,
-            target,
-            rows.mask,
-            labels,
-            self.options.ce,
-            self.options.chunk,
-        )
+        with nullcontext() if heads is None else heads.open():
+            with dropping(self.student, options.drop_window):
+                out = logits_of(call(self.student, rows))
+            target = None
+            if options.ce < 1:  # else the divergence has no weight: no teacher is needed
+                with torch.no_grad():
+                    target = logits_of(call(self.teacher, rows))
+        if heads is not None:
+            loss = heads.divergence(out, target, rows.mask, labels, options.ce, options.chunk)
+        else:
+            target = out if target is None else target
+            loss = divergence(out, target, rows.mask, labels, options.ce, options.chunk)
         torch.autograd.backward(loss * scale)
         return Losses(loss.item(), {})
+
+    def _found_heads(self, rows: Rows) -> Heads | None:
+        if size() > 1 and self.options.train == "all":
+            return None  # the weight is sharded with the model around it
+        return heads_of(self.student, self.teacher, rows)
 
     def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
         write_core(student, {n: values[n] for n in self.core})
@@ -103,15 +112,3 @@ def _merger(delta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda old: value
-
-
-def _logits(output: Any) -> torch.Tensor:
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, torch.Tensor):
-        logits = output
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
-        raise UsageError(
-            "The model returns no (batch, tokens, vocabulary) logits, so the 'logits' stage cannot "
-            "run: use the 'layers' stage alone."
-        )
-    return logits

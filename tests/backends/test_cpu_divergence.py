@@ -64,8 +64,11 @@ def test_any_size_equals_the_formula(
     torch.set_num_threads(threads)
     try:
         loss, slope = kernel.forward(student, teacher, labels, ce, 0.7 * ce, 0.5)
+        over = student.clone()
+        again, there = kernel.forward(over, teacher, labels, ce, 0.7 * ce, 0.5, over)
     finally:
         torch.set_num_threads(before)
+    assert there is over and torch.equal(over, slope) and torch.equal(again, loss)
     wanted, gradient = plain(student, teacher, labels, ce, 0.7 * ce)
     assert slope.dtype == dtype
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5 * max(1.0, scale))

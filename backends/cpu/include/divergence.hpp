@@ -4,7 +4,8 @@
 //   loss = (1 - ce) sum p_t (log p_t - log p_s) - weight log p_s[label]
 //   slope = ((1 - ce) + weight) p_s - (1 - ce) p_t, less `weight` at the label
 // where `weight` is 0 for a row without a label (label < 0). The slope is multiplied by `scale` and
-// stored in the type io_t of the logits; sums are float32 within a row and float64 over rows.
+// stored in the type io_t of the logits, where the student's are if so asked; sums are float32 within
+// a row and float64 over rows.
 // A row is read three times (largest, normaliser, result); it stays in the cache between them.
 #pragma once
 #include <cmath>
@@ -16,7 +17,7 @@ struct Call {
     const int64_t* labels;
     io_t* slope;
     double* loss;  // one a row
-    long rows, vocabulary, student_row, teacher_row, threads;
+    long rows, vocabulary, student_row, teacher_row, slope_row, threads;
     double ce, weight, scale;
 };
 
@@ -45,11 +46,14 @@ static ALWAYS_INLINE Normaliser normaliser(const io_t* x, long V) {
 
 static void row_of(const Call& c, long r) {
     const io_t *s = c.student + r * c.student_row, *t = c.teacher + r * c.teacher_row;
-    io_t* out = c.slope + r * c.vocabulary;
+    io_t* out = c.slope + r * c.slope_row;
     const Normaliser ns = normaliser(s, c.vocabulary), nt = normaliser(t, c.vocabulary);
     const int64_t label = c.labels[r];
     const float kept = float(1.0 - c.ce), weight = label >= 0 ? float(c.weight) : 0.0f;
     const float share = kept + weight, scale = float(c.scale);
+    // Read before the slope is written, which may lie where the logits are.
+    const float label_s = label >= 0 ? to_float(s[label]) : 0.0f;
+    const float label_t = label >= 0 ? to_float(t[label]) : 0.0f;
     vf sum = {};
     long i = 0;
     for (; i + LANES <= c.vocabulary; i += LANES) {
@@ -70,8 +74,8 @@ static void row_of(const Call& c, long r) {
     }
     c.loss[r] = kept * divergence;
     if (label >= 0) {
-        float log_s = to_float(s[label]) - ns.highest - ns.rest;
-        float p_t = std::exp(to_float(t[label]) - nt.highest - nt.rest);
+        float log_s = label_s - ns.highest - ns.rest;
+        float p_t = std::exp(label_t - nt.highest - nt.rest);
         c.loss[r] -= weight * log_s;
         out[label] = from_float<io_t>((std::exp(log_s) * share - p_t * kept - weight) * scale);
     }
