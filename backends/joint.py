@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rewriter.backends.calls import raw_kernels
 from rewriter.backends.inputs import BlockSparseInputs, RecurrenceInputs
+from rewriter.backends.reference.factored import scan_factored
 from rewriter.backends.reference.precision import full_precision
 from rewriter.ir.block_sparse import BlockSparse
 from rewriter.ir.kernels import JointWindowLinear
@@ -37,6 +38,7 @@ class JointForm:
         spec: the joint form.
         near: sinks and window, block-sparse.
         far: the linear branch, its values one column wider, read before the token is written.
+            Features in factors have no kernel: products of torch read them.
     """
 
     backend: str
@@ -76,10 +78,28 @@ def parts(
     out, lse = raw_kernels(form.backend, "block_sparse").forward(
         form.near, BlockSparseInputs(q, k, v), top
     )
-    far, end = raw_kernels(form.backend, "recurrence").forward(
-        form.far, _far_inputs(form, v, fq, fk, start)
-    )
+    far, end = _read(form, _far_inputs(form, v, fq, fk, start))
     return Parts(out, lse, top, far, end)
+
+
+def _read(form: JointForm, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
+    """The far field, and the state behind it."""
+    if form.spec.factors:
+        return scan_factored(x.q, x.k, x.v, form.spec.factors, x.start)
+    read: tuple[Tensor, Tensor] = raw_kernels(form.backend, "recurrence").forward(form.far, x)
+    return read
+
+
+def _unread(form: JointForm, x: RecurrenceInputs, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the features of queries and keys and of the values, from that of the read."""
+    if not form.spec.factors:
+        back = raw_kernels(form.backend, "recurrence").backward(form.far, x, grad, None)
+        return back.q, back.k, back.v
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_(True) for t in (x.q, x.k, x.v))
+        read, _ = scan_factored(q, k, v, form.spec.factors, keep=False)
+    of_q, of_k, of_v = torch.autograd.grad(read, (q, k, v), grad)
+    return of_q, of_k, of_v
 
 
 def mixed(form: JointForm, x: Parts, ratio: Tensor) -> Tensor:
@@ -128,10 +148,9 @@ class JointTraining(torch.autograd.Function):
             of_far = torch.cat((share, -along), -1)[:, :, form.late :]
             of_ratio = (far * of_far).sum((0, 2, 3)).to(ratio.dtype)
             x = _far_inputs(form, v, fq, fk, None)
-            back = raw_kernels(form.backend, "recurrence").backward
-            linear = back(form.far, x, scale * of_far, None)
-            of_fq = F.pad(linear.q, (0, 0, form.late, 0)).to(fq.dtype)
-            of_fk = linear.k.to(fk.dtype)
+            linear_q, linear_k, linear_v = _unread(form, x, scale * of_far)
+            of_fq = F.pad(linear_q, (0, 0, form.late, 0)).to(fq.dtype)
+            of_fk = linear_k.to(fk.dtype)
             if not of_inputs:
                 return None, None, None, None, of_fq, of_fk, of_ratio
             of_near = weight * share
@@ -141,7 +160,7 @@ class JointTraining(torch.autograd.Function):
             )
             dq, dk = _through_top(form.spec, q, k, top, of_top)
             dv = soft.v.float()
-            read = linear.v[..., :-1]
+            read = linear_v[..., :-1]
             read[:, :, : form.spec.sinks] = 0.0
             dv[:, :, : read.shape[2]] += read
             return (

@@ -168,8 +168,8 @@ def _joint(
 ) -> JointForm | None:
     """The two kernels of a joint form, or None where the backend lacks one."""
     near, far = joint_form(spec, key_dim, value_dim)
-    if declines(backend, "block_sparse", near, dtype, needs_grad) or declines(
-        backend, "recurrence", far, torch.float32, needs_grad
-    ):
+    if declines(backend, "block_sparse", near, dtype, needs_grad):
+        return None
+    if not spec.factors and declines(backend, "recurrence", far, torch.float32, needs_grad):
         return None
     return JointForm(backend, spec, near, far)

@@ -46,8 +46,8 @@ WHOLE = {"steps": 30, "train": "all", "body_lr": 1.5e-4}
 # Layers whose heads look back at single tokens, in the all-linear student: their far field is a
 # soft hash. The first eight are KEPT; in 17, 21, 22 and 24 heads of the original weigh the token
 # that followed the last time as well.
-HASHED = [*KEPT, 17, 21, 22, 24]
-CELLS = 512
+HASHED = [17, 18, 20, 21, 22, 23]
+BITS = 14
 LOG_RATIOS = {"hybrid": -4.0, "linear": -3.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "teacher": {"logits": {**WHOLE, "accumulate": 2, "ce": 1.0}},
@@ -57,15 +57,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "linear": {
         "layers": {
-            "steps": 50,
+            "steps": 150,
             "lr": 5e-2,
+            "output": 0.0,
             "attention": "cross_entropy",
-            "attention_weight": 4.0,
             "attention_queries": 256,
         },
         "logits": {
-            "steps": 200,
-            "max_seconds": 1800,
+            "steps": 220,
+            "max_seconds": 2400,
             "train": "all",
             "body_lr": 2e-4,
             "ce": 0.1,
@@ -86,7 +86,7 @@ def policy_of(name: str, window: int, use: str = "hedgehog_window") -> dict[str,
         options["initial_log_ratio"] = LOG_RATIOS[name]
     hashed = []
     if use == "hedgehog_window":
-        cells = {"window": window, "sinks": 4, "initial_log_ratio": 0.0, "cells": CELLS}
+        cells = {"window": window, "sinks": 4, "initial_log_ratio": 0.0, "bits": BITS}
         hashed = [{"layers": HASHED, "use": use, "options": cells}]
     rules = {
         "hybrid": [{"layers": KEPT, "use": "keep"}, {"use": use, "options": options}],
@@ -184,7 +184,7 @@ def train(name: str, options: argparse.Namespace) -> None:
     student = rewriter.rewrite(source.model, policy_of(name, options.window), verify="none")
     length = LENGTHS.get(name, LENGTH)
     stages = {
-        key: {"length": length, "checkpoint_every": 10, "fit": length, key: value}
+        key: {"length": length, "checkpoint_every": 10, "fit": 4 * length, key: value}
         for key, value in CONFIGS[name].items()
     }
     if name in LOG_RATIOS:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from rewriter.backends.reference.factored import scan_factored
 from rewriter.backends.reference.near import Context, attend, next_state
 from rewriter.backends.reference.precision import full_precision, wide
 from rewriter.backends.reference.recurrence.flow import Flow
@@ -37,7 +38,7 @@ def joint_window_linear(
     Args:
         spec: window, sinks, scale, softcap, feature width m, hidden branches.
         q, k, v: (B, H, n, Dk), (B, Hkv, n, Dk), (B, Hkv, n, Dv).
-        fq: (B, H, n, m) non-negative features of the queries.
+        fq: (B, H, n, m) non-negative features of the queries; with `spec.factors` their parts.
         key_features: maps (B, Hkv, t, Dk) keys to (B, Hkv, t, m) features. It is called on the
             keys that leave the window, so features of near keys are never computed or stored.
         ratio: (H,) positive weight r_h of the far part.
@@ -66,8 +67,15 @@ def joint_window_linear(
             leaving = key_features(context.keys[:, :, :n])
             values = with_ones(context.values[:, :, :n], _far_keys(spec, context, state, n))
             dtype = values.dtype
-            flow = Flow(fq.to(dtype), leaving.to(dtype), values, exclusive=True)
-            read, end = scan(flow, None if state is None else state["far"].to(dtype))
+            before = None if state is None else state["far"].to(dtype)
+            if spec.factors:
+                read, end = scan_factored(
+                    fq.to(dtype), leaving.to(dtype), values, spec.factors, before, state is not None
+                )
+            else:
+                read, end = scan(
+                    Flow(fq.to(dtype), leaving.to(dtype), values, exclusive=True), before
+                )
             if "linear" not in spec.hidden:
                 mass = mass + wide(ratio)[None, :, None, None] * read
             if state is not None:

@@ -51,6 +51,8 @@ def fit_cores(model: nn.Module, rows: Rows) -> tuple[Fitted, ...]:
     def fit(fqn: str, core: Mixer, x: Tokens, out: Tensor, target: Tensor) -> None:
         before, start = _gap(out, target, x.valid), _values(core)
         core.fit(x, target)
+        if all(torch.equal(value, start[name]) for name, value in core.state_dict().items()):
+            return
         after = _gap(core.mix(x)[0], target, x.valid)
         if not after <= before:
             core.load_state_dict(start)

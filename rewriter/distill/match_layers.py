@@ -47,7 +47,7 @@ def _expected(owners: Sequence[nn.Module]) -> int | None:
 
 
 class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure
-    """Every rewritten module has been called: the rest of the teacher's forward is not needed."""
+    """The rest of a forward is not needed: what it was run for has been called."""
 
 
 class MatchLayers:
@@ -172,23 +172,29 @@ class MatchLayers:
         """Run one of the student's modules on the teacher's input, and backward; its loss."""
         options, given = self.options, dict[Mixer, Tokens]()
 
+        cores = self.cores[path]
+
         def keep(core: Mixer, args: Any, kwargs: dict[str, Any]) -> None:
             wanted = {k: v for k, v in kwargs.items() if k in ("terms", "hidden")}
             given[core] = core.tokens(*args, **wanted)
+            if options.output == 0 and len(given) == len(cores):
+                raise _DoneSignal  # no output is wanted
 
-        handles = [c.register_forward_pre_hook(keep, with_kwargs=True) for c in self.cores[path]]
+        handles = [c.register_forward_pre_hook(keep, with_kwargs=True) for c in cores]
+        value = 0.0
         try:
             with torch.set_grad_enabled(options.output > 0):
                 out = _hidden(self.owners[path](*args, **kwargs))
+            if options.output > 0:
+                loss = options.output * output_error(out, target, mask)
+                torch.autograd.backward(loss * scale)
+                value += loss.item()
+            del out
+        except _DoneSignal:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        value = 0.0
-        if options.output > 0:
-            loss = options.output * output_error(out, target, mask)
-            torch.autograd.backward(loss * scale)
-            value += loss.item()
-        del out
         for core, x in given.items():
             assert options.attention is not None
             weight = options.attention_weight / len(given)

@@ -56,7 +56,8 @@ class JointWindowLinear:
     o_i = (sum_near exp(s_ij - m_i) v_j + r_h f(q_i) S) / (sum_near exp(s_ij - m_i) + r_h f(q_i) z),
     r_h > 0 a ratio per head (catalogue: lolcats_hybrid, JOINT unscaled, with sinks added).
     `features` is the width of f; `hidden` switches parts off for branch ablation, 'window' (with
-    its sinks) or 'linear'; the state keeps its shape.
+    its sinks) or 'linear'; the state keeps its shape. With `factors` f is the outer product of
+    parts of these widths, whose product `features` is; callers hand in the parts side by side.
     """
 
     window: int
@@ -65,6 +66,7 @@ class JointWindowLinear:
     features: int
     softcap: float | None = None
     hidden: frozenset[str] = frozenset()
+    factors: tuple[int, ...] = ()
 
 
 KernelSpec = WindowAttention | Recurrence | JointWindowLinear | BlockSparse | Decode | LongConv

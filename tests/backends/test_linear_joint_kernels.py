@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +112,51 @@ def test_joint_equals_row_loop_and_streams(
     out = joint(c, spec)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(joint_stream(c, spec)[0], out, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(1, 24), st.integers(0, 4), st.sampled_from([(2, 3), (5, 1), (1, 2, 2)]))
+def test_features_in_factors_equal_their_outer_product(
+    c: Case, window: int, sinks: int, factors: tuple[int, ...]
+) -> None:
+    """By pairs within a stretch and by the state across; the oracle sees the wide features."""
+    width = math.prod(factors)
+    spec = JointWindowLinear(window, sinks, SCALE, width, factors=factors)
+
+    def parts(x: Tensor) -> Tensor:
+        w = torch.randn(x.shape[-1], sum(factors), generator=torch.Generator().manual_seed(5))
+        return F.softplus(x @ w.to(x.dtype))
+
+    def run(at: slice, state: State | None) -> tuple[Tensor, State | None]:
+        q, k, v = c.q[:, :, at], c.k[:, :, at], c.v[:, :, at]
+        return joint_window_linear(
+            spec, q, k, v, parts(q), parts, ratios(c), valid=c.valid[:, at], state=state
+        )
+
+    def streamed(at: slice, state: State) -> tuple[Tensor, State]:
+        out, after = run(at, state)
+        assert after is not None
+        return out, after
+
+    fq, fk = (_outer(parts(x), factors) for x in (c.q, c.k))
+    expected = joint_rows(
+        c.q, c.k, c.v, fq, fk, ratios(c), c.valid, window=window, sinks=sinks, scale=SCALE
+    )
+    out = run(slice(None), None)[0]
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    out = in_pieces(streamed, start_state(spec, c), c.pieces)[0]
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def _outer(x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """Row by row with `torch.kron`."""
+    rows = []
+    for row in x.flatten(0, -2):
+        wide = torch.ones(1)
+        for part in row.split(factors):
+            wide = torch.kron(wide, part)
+        rows.append(wide)
+    return torch.stack(rows).view(*x.shape[:-1], -1)
 
 
 def test_long_sequences_cross_many_chunks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -67,7 +68,9 @@ def test_windows(spec: WindowAttention, n: int) -> None:
 
 @pytest.mark.usefixtures("no_reference")
 @pytest.mark.parametrize("n", [17, 70])
-def test_joint(n: int) -> None:
+@pytest.mark.parametrize("factors", [(), (2, M - 2)])
+def test_joint(n: int, factors: tuple[int, ...]) -> None:
+    spec = replace(JOINT, factors=factors, features=math.prod(factors) if factors else M)
     q, k, v = draw(n)
     g = torch.Generator().manual_seed(1)
     weight = torch.randn(DK, M, generator=g)
@@ -77,9 +80,9 @@ def test_joint(n: int) -> None:
         return (x @ weight).softmax(-1)
 
     args = (q, k, v, fq, features, ratio)
-    out, _ = kernel("cpu", JOINT)(*args)
-    torch.testing.assert_close(out, joint_window_linear(JOINT, *args)[0], rtol=1e-5, atol=1e-5)
-    same(kernel("cpu", JOINT), joint_window_linear, JOINT, args)
+    out, _ = kernel("cpu", spec)(*args)
+    torch.testing.assert_close(out, joint_window_linear(spec, *args)[0], rtol=1e-5, atol=1e-5)
+    same(kernel("cpu", spec), joint_window_linear, spec, args)
 
 
 GRADIENTS = {
@@ -87,6 +90,7 @@ GRADIENTS = {
     "soft cap, no sinks": (replace(JOINT, sinks=0, softcap=3.0), 33),
     "the query alone is near": (replace(JOINT, window=1), 20),
     "one key is far": (replace(JOINT, window=16), 17),
+    "features in two factors": (replace(JOINT, factors=(2, M - 2), features=2 * (M - 2)), 70),
 }
 
 

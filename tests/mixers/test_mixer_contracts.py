@@ -12,6 +12,7 @@ from mixer_sites import BOTH_WAYS, CAUSAL, bool_mask, make_site, qkv
 from torch import Tensor
 from transformers import DynamicCache
 
+from rewriter.backends.reference.factored import outer
 from rewriter.ir.mask import Causal, Chunk, KeyPadding, Mask, SymmetricWindow, Window
 from rewriter.ir.site import AddTerm, AttentionSite, Scale, Softcap
 from rewriter.ir.state import TOKENS, bindings
@@ -30,7 +31,7 @@ KINDS: dict[str, tuple[type[Mixer], MixerOptions]] = {
     ),
     "hash_window": (
         HedgehogWindow,
-        HedgehogWindowOptions(window=6, sinks=2, initial_log_ratio=0.0, cells=20),
+        HedgehogWindowOptions(window=6, sinks=2, initial_log_ratio=0.0, bits=5),
     ),
 }
 CAUSAL_KINDS = sorted(KINDS)
@@ -289,23 +290,22 @@ def test_copies_and_state_dicts(name: str) -> None:
 
 def test_a_sharp_hash_finds_the_one_equal_key() -> None:
     """Queries and keys of a group start with the same cells, so equal ones share a cell."""
-    options = HedgehogWindowOptions(
-        window=1, sinks=0, initial_log_ratio=0.0, cells=4096, sharpness=8
-    )
+    options = HedgehogWindowOptions(window=1, sinks=0, initial_log_ratio=0.0, bits=12, sharpness=30)
     mixer = build("hash_window", make_site(heads=(4, 2, 16)), options)
     assert isinstance(mixer, HedgehogWindow)
     q, k, _ = qkv(mixer.site, N)
     q = torch.zeros_like(q)
     q[:, :, -1] = k[:, :, 5].repeat_interleave(2, 1) * 4
     k = 4 * k
-    far = mixer.map_q(q[:, :, -1:]) @ mixer.map_k(k).repeat_interleave(2, 1).mT
+    rows, keys = (outer(f, mixer.spec.factors) for f in (mixer.map_q(q[:, :, -1:]), mixer.map_k(k)))
+    far = rows @ keys.repeat_interleave(2, 1).mT
     share = far[..., 5] / far.sum(-1)
     assert bool((share > 0.9).all())
 
 
 def test_options_are_strict() -> None:
     with pytest.raises(ValueError, match="one map"):
-        HedgehogWindowOptions(cells=8, feature_dim=4)
+        HedgehogWindowOptions(bits=8, feature_dim=4)
     with pytest.raises(ValueError, match="window"):
         SinkWindowOptions(window=0)
     with pytest.raises(ValueError, match="windw"):

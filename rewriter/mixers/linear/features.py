@@ -4,14 +4,16 @@ Both halves are softmaxes over the features, so the features are positive and bo
 exponent is positive. Other published forms (a raw exponential, one softmax over both halves)
 differ from this one and their weights do not fit it.
 
-`HashMap` is one softmax over many sharp random directions, the same for queries and keys at the
-start: a soft hash. Of n keys spread evenly over m cells a query then reads n / m, so a head that
-looks back at one token of a long text needs m of the order of n.
+`HashMap` is a product of choices between two, each by the sign of a random direction, the same for
+queries and keys at the start: a soft hash, learned. Of n keys spread evenly over m = 2^bits cells a
+query reads n / m, so a head that looks back at one token of a long text needs m of the order of n.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -41,21 +43,51 @@ class HedgehogMap(nn.Module):
 
 
 class HashMap(nn.Module):
-    """phi(x) = softmax(x W) for each head, W drawn from a normal distribution."""
+    """phi(x) = the outer product of [p_i, 1 - p_i] over the bits i, p = sigmoid(x W + b).
+
+    phi(q).phi(k) is the probability that all bits of q and of k agree, if each bit of each were
+    drawn with its p. The features are returned as two parts whose outer product phi is (that of
+    the first half of the bits, then that of the second), so that pairs of tokens need the parts
+    alone.
+    """
+
+    rates: ClassVar[Mapping[str, float]] = {"weight": 2.0, "bias": 2.0}
 
     def __init__(self, start: torch.Tensor, factor: float) -> None:
-        """Args: first value of W, (heads, width, features), and the input factor."""
+        """Args: first value of W, (heads, width, bits), and the input factor."""
         super().__init__()
         self.factor = factor
         self.weight = nn.Parameter(start)
+        self.bias = nn.Parameter(torch.zeros(start.shape[0], 1, start.shape[2]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, heads, n, width) to (B, heads, n, features), float32, at least `FLOOR`."""
-        x = (x.float() * self.factor) @ self.weight.float()
-        return x.softmax(-1).clamp_min(FLOOR)
+        """(B, heads, n, width) to (B, heads, n, sum of `hash_factors`), float32, not negative."""
+        x = (x.float() * self.factor) @ self.weight.float() + self.bias.float()
+        both = torch.stack((x, -x), -1).sigmoid()  # (B, heads, n, bits, 2)
+        first = hash_halves(x.shape[-1])[0]
+        return torch.cat((_cells(both[..., :first, :]), _cells(both[..., first:, :])), -1)
 
 
-def hash_pair(site: AttentionSite, features: int, sharpness: float) -> tuple[HashMap, HashMap]:
+def _cells(choices: torch.Tensor) -> torch.Tensor:
+    """(..., bits, 2) to (..., 2^bits), the outer product over the bits."""
+    first, *rest = choices.unbind(-2)
+    for choice in rest:
+        first = (first.unsqueeze(-1) * choice.unsqueeze(-2)).flatten(-2)
+    return first
+
+
+def hash_halves(bits: int) -> tuple[int, int]:
+    """Bits of the two parts of `HashMap`."""
+    return bits - bits // 2, bits // 2
+
+
+def hash_factors(bits: int) -> tuple[int, int]:
+    """Widths of the two parts of `HashMap`."""
+    first, second = hash_halves(bits)
+    return 2**first, 2**second
+
+
+def hash_pair(site: AttentionSite, bits: int, sharpness: float) -> tuple[HashMap, HashMap]:
     """Maps for queries and keys; W of a query head starts as that of its key/value head.
 
     Args:
@@ -63,11 +95,11 @@ def hash_pair(site: AttentionSite, features: int, sharpness: float) -> tuple[Has
     """
     for_q, for_k = input_factors(site)
     heads = site.heads
-    shape = (heads.key_value, heads.key_dim, features)
-    cells = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * sharpness
+    shape = (heads.key_value, heads.key_dim, bits)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * sharpness
     return (
-        HashMap(cells.repeat_interleave(heads.group, 0), for_q),
-        HashMap(cells, for_k),
+        HashMap(start.repeat_interleave(heads.group, 0), for_q),
+        HashMap(start, for_k),
     )
 
 
