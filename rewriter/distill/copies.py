@@ -102,7 +102,66 @@ def private_copy(
     Returns:
         The copy, in evaluation mode, with no parameter that requires a gradient.
     """
-    masters, owned = set(master), set(own)
+    _copy_parameters(module, dtype, tensors, set(master), set(own))
+    out = copy.deepcopy(module, dict[int, object](tensors))
+    config = getattr(out, "config", None)
+    if config is not None and hasattr(config, "use_cache"):
+        config.use_cache = False
+    return out.eval()
+
+
+def private_owners(
+    student: nn.Module,
+    paths: Iterable[str],
+    dtype: torch.dtype,
+    tensors: dict[int, torch.Tensor],
+    master: Iterable[str],
+) -> nn.Module:
+    """Frozen copies of some modules of a student alone, at their paths in an otherwise empty model.
+
+    They are copied one after another, since what a deep copy remembers takes memory; configs and
+    the descriptions of sites, which nobody changes, are shared.
+
+    Args:
+        paths: of the modules; one inside another is copied with it.
+        dtype, tensors: as in `private_copy`.
+        master: names of parameters in the student that are copied to float32 instead.
+    """
+    root, done = nn.Module(), list[str]()
+    names = tuple(master)
+    for path in paths:
+        prefix = f"{path}." if path else ""
+        if any(not outer or path.startswith(f"{outer}.") for outer in done):
+            continue
+        owner = student.get_submodule(path)
+        inside = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+        _copy_parameters(owner, dtype, tensors, inside, set())
+        memo = dict[int, object](tensors)
+        for module in owner.modules():
+            for key in ("config", "site", "options"):
+                if key in module.__dict__:
+                    memo[id(module.__dict__[key])] = module.__dict__[key]
+        _place(root, path, copy.deepcopy(owner, memo))
+        done.append(path)
+    return (root if done != [""] else root.get_submodule("root")).eval()
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    for name in path.split(".")[:-1]:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(path.rpartition(".")[2] or "root", module)
+
+
+def _copy_parameters(
+    module: nn.Module,
+    dtype: torch.dtype,
+    tensors: dict[int, torch.Tensor],
+    masters: set[str],
+    owned: set[str],
+) -> None:
+    """Extend `tensors` by the copies of a module's parameters, and its buffers as they are."""
     for name, parameter in module.named_parameters():
         if name in masters:
             data = parameter.detach().to(torch.float32, copy=True)
@@ -115,12 +174,11 @@ def private_copy(
         tensors[id(parameter)] = nn.Parameter(data, requires_grad=False)
     for buffer in module.buffers():
         tensors.setdefault(id(buffer), buffer)
-    memo: dict[int, object] = dict(tensors)
-    out = copy.deepcopy(module, memo)
-    config = getattr(out, "config", None)
-    if config is not None and hasattr(config, "use_cache"):
-        config.use_cache = False
-    return out.eval()
+
+
+def computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether every floating parameter has this dtype, so that no copy is needed to compute."""
+    return all(p.dtype == dtype for p in model.parameters() if p.is_floating_point())
 
 
 def unshare_modules(student: nn.Module, teacher: nn.Module) -> None:

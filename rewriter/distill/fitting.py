@@ -7,8 +7,8 @@ teacher's own stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rewriter.distill.copies import rewritten_cores
 from rewriter.distill.data import Rows
-from rewriter.distill.stages import call
+from rewriter.distill.stages import call, uncached
 from rewriter.evaluate.scoring import evaluation_mode
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.exact.keep import Keep, KeepOptions
@@ -103,26 +103,12 @@ def _visit(
 
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_uncached(model))
+        stack.enter_context(uncached(model))
         for path, core in rewritten_cores(model).items():
             fqn = path.removesuffix("core").rstrip(".")
             handle = core.register_forward_hook(hook_of(fqn, core), with_kwargs=True)
             stack.callback(handle.remove)
         call(model, rows)
-
-
-@contextmanager
-def _uncached(model: nn.Module) -> Iterator[None]:
-    """No cache is made inside the context, where the model's config decides that."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "use_cache"):
-        yield
-        return
-    before, config.use_cache = config.use_cache, False
-    try:
-        yield
-    finally:
-        config.use_cache = before
 
 
 def _values(core: Mixer) -> dict[str, Tensor]:

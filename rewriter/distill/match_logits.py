@@ -17,7 +17,7 @@ from rewriter.distill.lora import inject_lora
 from rewriter.distill.losses import divergence
 from rewriter.distill.precision import compute_dtype
 from rewriter.distill.sharding import as_sharded, shard, size, whole
-from rewriter.distill.stages import Losses, call, dropping
+from rewriter.distill.stages import Losses, Ready, call, dropping
 from rewriter.errors import UsageError
 
 
@@ -59,7 +59,7 @@ class MatchLogits:
         self.groups = [[*self.core, *self.body]]
         self._heads: Heads | Literal["unknown"] | None = "unknown"
 
-    def backward(self, rows: Rows, scale: float) -> Losses:
+    def backward(self, rows: Rows, scale: float, ready: Ready | None = None) -> Losses:
         if self._heads == "unknown":
             self._heads = self._found_heads(rows)
         heads = self._heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,9 @@ from torch import nn
 
 from rewriter.distill.copies import rewritten_cores
 from rewriter.distill.data import Rows
+
+Ready = Callable[[int], None]
+"""Called with the number of a group whose gradients are complete."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,13 @@ class Stage(Protocol):
     body: dict[str, nn.Parameter]
     groups: list[list[str]]
 
-    def backward(self, rows: Rows, scale: float) -> Losses:
-        """Add `scale` times the gradients of one batch to the trained parameters."""
+    def backward(self, rows: Rows, scale: float, ready: Ready | None = None) -> Losses:
+        """Add `scale` times the gradients of one batch to the trained parameters.
+
+        Args:
+            ready: given with the last batch of a step. A group that is not read again in this
+                batch may be handed to it, at most once: it takes its step and loses its gradients.
+        """
         ...
 
     def write(self, values: Mapping[str, torch.Tensor], student: nn.Module) -> None:
@@ -63,3 +71,17 @@ def dropping(student: nn.Module, chance: float) -> Iterator[None]:
                 if "window" in core.branches and float(torch.rand(())) < chance:
                     stack.enter_context(core.without("window"))
         yield
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """No cache is made inside the context, where the model's config decides that."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "use_cache"):
+        yield
+        return
+    before, config.use_cache = config.use_cache, False
+    try:
+        yield
+    finally:
+        config.use_cache = before

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from rewriter.distill.config import Budget
 from rewriter.distill.data import Order, Rows
 from rewriter.distill.progress import Progress, Reporter
 from rewriter.distill.resume import Snapshot
-from rewriter.distill.stages import Losses, Stage
+from rewriter.distill.stages import Losses, Ready, Stage
 from rewriter.errors import RewriterError
 
 BETAS = (0.9, 0.95)
@@ -72,43 +73,55 @@ class Masters:
             stage.body, body_lr
         )
         self.base_lr = sorted(set(rates.values()), reverse=True)
-        self.optimiser = torch.optim.AdamW(
+        self.groups = stage.groups
+        # One optimiser a group: a group takes its step while others still collect gradients.
+        self.optimisers = [self._optimiser({n: rates[n] for n in names}) for names in self.groups]
+
+    def _optimiser(self, rates: Mapping[str, float]) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
             [
-                {"params": [self.values[n] for n in rates if rates[n] == lr], "lr": lr}
-                for lr in self.base_lr
+                {"params": [self.values[n] for n in rates if rates[n] == lr], "lr": lr, "base": lr}
+                for lr in sorted(set(rates.values()), reverse=True)
             ],
             betas=BETAS,
             weight_decay=0.0,
         )
 
-    def step(self, rates: list[float], groups: list[list[str]], clip: float | None) -> None:
-        """One optimiser step with the accumulated gradients, which it clears."""
-        for name, parameter in self.live.items():
-            master = self.values[name]
+    def step(self, number: int, rates: Mapping[float, float], clip: float | None) -> None:
+        """One optimiser step of a group with its accumulated gradients, which it clears.
+
+        Args:
+            number: of the group.
+            rates: learning rates of the step by what they are at the start (`base_lr`).
+            clip: largest norm of the group's gradients, or None.
+        """
+        names, optimiser = self.groups[number], self.optimisers[number]
+        for name in names:
+            master, parameter = self.values[name], self.live[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
         if clip is not None:
-            for names in groups:
-                torch.nn.utils.clip_grad_norm_([self.values[n] for n in names], clip)
-        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self._publish()
+            torch.nn.utils.clip_grad_norm_([self.values[n] for n in names], clip)
+        for group in optimiser.param_groups:
+            group["lr"] = rates[group["base"]]
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        self._publish(names)
 
-    def _publish(self) -> None:
+    def _publish(self, names: Iterable[str]) -> None:
         with torch.no_grad():
-            for name, parameter in self.live.items():
-                if self.values[name] is not parameter:
-                    parameter.copy_(self.values[name])
+            for name in names:
+                if self.values[name] is not self.live[name]:
+                    self.live[name].copy_(self.values[name])
 
     def state(self) -> dict[str, torch.Tensor]:
         """Values and optimiser state by flat names."""
         out = {f"value.{n}": sharding.whole(v.detach()) for n, v in self.values.items()}
-        for name, value in self.values.items():
-            for slot, tensor in self.optimiser.state[value].items():
-                out[f"{slot}.{name}"] = sharding.whole(tensor)
+        for names, optimiser in zip(self.groups, self.optimisers, strict=True):
+            for name in names:
+                for slot, tensor in optimiser.state[self.values[name]].items():
+                    out[f"{slot}.{name}"] = sharding.whole(tensor)
         return out
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -116,6 +129,7 @@ class Masters:
         with torch.no_grad():
             for name, value in self.values.items():
                 value.copy_(sharding.as_sharded(tensors[f"value.{name}"], value))
+        of = {n: o for names, o in zip(self.groups, self.optimisers, strict=True) for n in names}
         for name, value in self.values.items():
             slots = {s: tensors[f"{s}.{name}"].clone() for s in SLOTS if f"{s}.{name}" in tensors}
             # Dealing out is collective: every process has to take the slots in the same order,
@@ -123,8 +137,8 @@ class Masters:
             for slot in (s for s in slots if s != "step"):
                 slots[slot] = sharding.as_sharded(slots[slot], value)
             if slots:
-                self.optimiser.state[value] = slots
-        self._publish()
+                of[name].state[value] = slots
+        self._publish(self.values)
 
 
 class _Means:
@@ -196,9 +210,16 @@ class Trainer:
         while (fraction := _fraction(budget, step, elapsed)) < 1.0:
             # The rate of a step is taken in its middle, so that neither end of it is wasted.
             point = fraction if budget.steps is None else max(fraction, (step + 0.5) / budget.steps)
-            rates = [learning_rate(budget, lr, min(1.0, point)) for lr in masters.base_lr]
-            losses = self._accumulate(stage, order, budget, step, masters)
-            masters.step(rates, stage.groups, budget.clip)
+            rates = {lr: learning_rate(budget, lr, min(1.0, point)) for lr in masters.base_lr}
+            waiting = set(range(len(stage.groups)))
+
+            def ready(number: int, rates: Any = rates, waiting: Any = waiting) -> None:
+                waiting.remove(number)
+                masters.step(number, rates, budget.clip)
+
+            losses = self._accumulate(stage, order, budget, step, masters, ready)
+            for number in sorted(waiting):
+                ready(number)
             means.add(losses)
             step += 1
             (elapsed,) = self._agreed([spent + time.monotonic() - begun], masters)
@@ -231,13 +252,20 @@ class Trainer:
         return sharding.mean(numbers, next(iter(masters.values.values())).device)
 
     def _accumulate(
-        self, stage: Stage, order: Order, budget: Budget, step: int, masters: Masters
+        self,
+        stage: Stage,
+        order: Order,
+        budget: Budget,
+        step: int,
+        masters: Masters,
+        ready: Ready,
     ) -> Losses:
         total, parts = 0.0, dict[str, float]()
         for micro in range(budget.accumulate):
             index = order.batch_at(step * budget.accumulate + micro)
             rows, weight = sharding.part(self.rows.take(index))
-            losses = stage.backward(rows, weight / budget.accumulate)
+            last = micro == budget.accumulate - 1
+            losses = stage.backward(rows, weight / budget.accumulate, ready if last else None)
             total += losses.total * weight / budget.accumulate
             for name, value in losses.parts.items():
                 parts[name] = parts.get(name, 0.0) + value * weight / budget.accumulate

@@ -221,3 +221,38 @@ def test_what_cannot_train_is_refused_in_one_sentence() -> None:
     with pytest.raises(UsageError, match=r"train 'lora' or 'all'"):
         config = settings_of(logits={"steps": 1, "train": "core"})
         distill(teacher, copy.deepcopy(teacher), Rows(token_rows()), config)
+
+
+def test_a_layer_takes_its_step_as_soon_as_its_gradients_are_there() -> None:
+    """The gradients of one layer at a time are in memory, and the weights are those of all."""
+    teacher = tiny_teacher()
+    stage = MatchLayers(teacher, tiny_student(teacher), settings_of(layers={"steps": 1}))
+    rows, held = Rows(token_rows(2)), list[set[str]]()
+
+    def ready(number: int) -> None:
+        held.append({n for n, p in stage.core.items() if p.grad is not None})
+        for name in stage.groups[number]:
+            stage.core[name].grad = None
+
+    stage.backward(rows, 1.0, ready)
+    assert held == [set(names) for names in stage.groups]
+    assert all(p.grad is None for p in stage.core.values())
+
+
+def test_only_the_rewritten_modules_are_copied_where_the_teacher_computes_as_it_is() -> None:
+    teacher = tiny_teacher()
+    student = tiny_student(teacher)
+    stage = MatchLayers(teacher, student, settings_of(layers={"steps": 1}))
+    assert stage.teacher is teacher
+    paths = [path for path, _ in stage.student.named_modules()]
+    assert "model.layers.1.self_attn.q_proj" in paths and not any("mlp" in path for path in paths)
+    inside = stage.student.get_submodule("model.layers.1.self_attn").get_parameter("q_proj.weight")
+    outside = teacher.get_parameter("model.layers.1.self_attn.q_proj.weight")
+    assert inside.data_ptr() == outside.data_ptr() and not inside.requires_grad
+    before = teacher.config.use_cache, teacher.training
+    stage.backward(Rows(token_rows(2)), 1.0)
+    assert (teacher.config.use_cache, teacher.training) == before
+    assert not any(p.grad is not None for p in teacher.parameters())
+    half = MatchLayers(teacher, student, settings_of(layers={"steps": 1}, dtype="bfloat16"))
+    copied = half.student.get_parameter("model.layers.1.self_attn.q_proj.weight")
+    assert copied is half.teacher.get_parameter("model.layers.1.self_attn.q_proj.weight")

@@ -29,7 +29,7 @@ class Line:
         self.rates = dict.fromkeys(self.core, 1.0)
         self.spoil = spoil
 
-    def backward(self, rows: Rows, scale: float) -> Losses:
+    def backward(self, rows: Rows, scale: float, ready: Any = None) -> Losses:
         x = rows.ids.to(self.weight.dtype)
         loss = ((x @ self.weight).float() - x.float().sum(-1)).square().mean()
         if self.spoil:

@@ -55,9 +55,10 @@ import torch
 from rewriter.distill import sharding, trainer
 class Stage:
     core, rates, body = {"w": torch.nn.Parameter(torch.zeros(2))}, {"w": 1.0}, {}
+    groups = [["w"]]
 masters = trainer.Masters(Stage(), 0.1, 0.1)
 masters.live["w"].grad = torch.ones(2)
-masters.step([0.1], [["w"]], None)
+masters.step(0, {0.1: 0.1}, None)
 saved = {name: tensor.detach().clone() for name, tensor in masters.state().items()}
 names = {tuple(saved[f"{n}.w"].tolist()): n for n in ("value", "exp_avg", "exp_avg_sq")}
 def note(tensor, like):

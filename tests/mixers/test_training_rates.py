@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class Imitate:
         self.rates = core_rates(student)
         self.groups = [list(self.core)]
 
-    def backward(self, rows: Rows, scale: float) -> Losses:
+    def backward(self, rows: Rows, scale: float, ready: Any = None) -> Losses:
         loss = error(self.student, self.x, self.target)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         return Losses(loss.item(), {})
