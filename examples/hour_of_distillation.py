@@ -38,7 +38,8 @@ from rewriter.evaluate import SuiteOptions, measure, without_branch
 
 LENGTH = 2048
 LENGTHS = {"linear": 1280}  # more and shorter rows: its maps need steps
-KINDS = {"linear": "ctcckctccc"}  # of ten rows: t plain, c with repeats, k with keys
+KINDS = {"linear": "cccctckccc"}  # of ten rows: t plain, c with repeats, k with keys
+COPIED = {"linear": 0.65}
 ROWS = {"linear": 200}
 JUDGED = 1024  # tokens of a row that perplexity is taken from
 KEPT = [0, 7, 14, 15, 18, 19, 20, 23]
@@ -57,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "linear": {
         "layers": {
-            "steps": 150,
+            "steps": 120,
             "lr": 5e-2,
             "output": 0.0,
             "attention": "cross_entropy",
@@ -69,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "train": "all",
             "body_lr": 2e-4,
             "ce": 0.1,
-            "lr": 1e-2,
+            "lr": 5e-3,
         },
     },
 }
@@ -86,7 +87,7 @@ def policy_of(name: str, window: int, use: str = "hedgehog_window") -> dict[str,
         options["initial_log_ratio"] = LOG_RATIOS[name]
     hashed = []
     if use == "hedgehog_window":
-        cells = {"window": window, "sinks": 4, "initial_log_ratio": 0.0, "bits": BITS}
+        cells = {"window": window, "sinks": 4, "initial_log_ratio": 2.0, "bits": BITS}
         hashed = [{"layers": HASHED, "use": use, "options": cells}]
     rules = {
         "hybrid": [{"layers": KEPT, "use": "keep"}, {"use": use, "options": options}],
@@ -108,18 +109,18 @@ def mixed_rows(stream: torch.Tensor, tokenizer: Any, count: int, name: str, seed
             at = plain[index % len(plain)] * length
             rows.append(stream[at : at + length])
         elif kind == "c":
-            rows.append(repeats(stream, rng)[:length])
+            rows.append(repeats(stream, rng, COPIED.get(name, 0.5))[:length])
         else:
             rows.append(torch.tensor(hidden_keys(tokenizer, rng)[:length]))
     return Rows(torch.stack(rows))
 
 
-def repeats(stream: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """Pieces of text, about half of them copies of a piece that stood earlier in the row."""
+def repeats(stream: torch.Tensor, rng: random.Random, share: float) -> torch.Tensor:
+    """Pieces of text, about this share of them copies of a piece that stood earlier in the row."""
     pieces: list[torch.Tensor] = []
     total = 0
     while total < LENGTH:
-        if len(pieces) > 1 and rng.random() < 0.5:
+        if len(pieces) > 1 and rng.random() < share:
             pieces.append(pieces[rng.randrange(len(pieces) - 1)])
         else:
             at, size = rng.randrange(stream.numel() - 400), rng.randint(80, 400)

@@ -16,9 +16,11 @@ default, since a converted model should not start below its window; the gradient
 proportional to the far mass, so give c_h a larger learning rate or a higher start to train faster.
 
 With `bits` phi is a learned soft hash into 2^bits cells instead (`HashMap`), for heads that look
-back at single tokens. Its far mass starts near r_h N / 2^bits, so c = 0 suits it. A cell is a
-float32 value of the head and its normaliser: the bytes of one token of a bfloat16 cache of keys and
-values, so 12 bits take the memory of 4,096 tokens, whatever the length.
+back at single tokens. Its far mass starts near r_h N / 2^bits, so c = 2 suits it. A soft bit agrees
+less often than a sharp one, and a map that may not raise its mass by r_h learns to agree with more
+keys instead: so c_h learns faster than the map there. A cell is a float32 value of the head and
+its normaliser: the bytes of one token of a bfloat16 cache of keys and values, so 12 bits take the
+memory of 4,096 tokens, whatever the length.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ class HedgehogWindow(Windowed):
             self.map_q, self.map_k = map_pair(site, feature_dim(site, options))
         else:
             self.map_q, self.map_k = hash_pair(site, options.bits, options.sharpness)
+            self.rates = {"log_ratio": 6.0}
         start = torch.full((site.heads.query,), options.initial_log_ratio)
         self.log_ratio = nn.Parameter(start)
 
