@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rewriter.budgets import size_in_bytes
 from rewriter.distill.precision import Precision
 from rewriter.errors import InputError, UsageError
 
@@ -57,6 +58,30 @@ class Budget(_Strict):
         return self
 
 
+class Stored(_Strict):
+    """Stage 1 from activations on disk, one layer after another.
+
+    Attributes:
+        disk: most that they may take at a time, such as '20 GB'; None for what is free. Where that
+            is less than all layers need, the teacher runs once for every few layers.
+        folder: where they go and stay, so that another run with the same teacher and text finds
+            them; None for a folder that is deleted with the end of the stage.
+    """
+
+    disk: str | None = None
+    folder: str | None = None
+
+    @field_validator("disk")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                size_in_bytes(value)
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+        return value
+
+
 class LayerStage(Budget):
     """Stage 1: every rewritten module imitates its original on the teacher's own stream.
 
@@ -71,6 +96,8 @@ class LayerStage(Budget):
         attention_rows: queries of a layer whose weights are held in float32 at once.
         attention_queries: queries of a row, drawn anew at every step, that the loss on the weights
             is taken of; None for all. The maps of all pairs cost more than the layer itself.
+        stored: keep the teacher's activations on disk and train one layer at a time from there,
+            with the same result; true for the defaults. In one process, limited by steps alone.
     """
 
     lr: float = Field(default=3e-2, gt=0)
@@ -79,6 +106,18 @@ class LayerStage(Budget):
     attention_weight: float = Field(default=1.0, gt=0)
     attention_rows: int = Field(default=128, ge=1)
     attention_queries: int | None = Field(default=None, ge=1)
+    stored: Stored | None = None
+
+    @field_validator("stored", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _sized(self) -> LayerStage:
+        if self.stored is not None and (self.steps is None or self.max_seconds is not None):
+            raise ValueError("'stored' needs 'steps' and no 'max_seconds', to know its size")
+        return self
 
     @model_validator(mode="after")
     def _some_loss(self) -> LayerStage:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,15 @@ def learning_owners(student: nn.Module) -> dict[str, dict[str, nn.Module]]:
             prefix = f"{path}." if path else ""
             owners[path] = {prefix + name: core for name, core in {**cores, **inside}.items()}
     return owners
+
+
+def learning_names(student: nn.Module) -> dict[str, list[str]]:
+    """Names of the new parameters by the module that learns, those with none left out."""
+    found = {
+        path: [f"{at}.{n}" for at, core in cores.items() for n, _ in core.named_parameters()]
+        for path, cores in learning_owners(student).items()
+    }
+    return {path: names for path, names in found.items() if names}
 
 
 def core_names(student: nn.Module) -> list[str]:
@@ -179,6 +189,14 @@ def _copy_parameters(
 def computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether every floating parameter has this dtype, so that no copy is needed to compute."""
     return all(p.dtype == dtype for p in model.parameters() if p.is_floating_point())
+
+
+def hash_values(hasher: Any, model: nn.Module) -> None:
+    """Feed a hash with names, shapes and the first values of all parameters."""
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:256].double().cpu().numpy()
+        hasher.update(f"{name} {tuple(parameter.shape)}".encode())
+        hasher.update(head.tobytes())
 
 
 def unshare_modules(student: nn.Module, teacher: nn.Module) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.distill.activations import OneModule
 from rewriter.distill.attention import check_attention
 from rewriter.distill.config import DistillConfig, LayerStage
 from rewriter.distill.copies import (
     computes_in,
-    core_names,
     core_rates,
-    learning_owners,
+    learning_names,
     private_copy,
     private_owners,
     rewritten_owners,
@@ -22,7 +22,7 @@ from rewriter.distill.copies import (
 )
 from rewriter.distill.data import Rows
 from rewriter.distill.imitate import imitate
-from rewriter.distill.originals import Originals
+from rewriter.distill.originals import Calls, Originals
 from rewriter.distill.precision import compute_dtype
 from rewriter.distill.sharding import shard, size
 from rewriter.distill.stages import Losses, Ready, dropping
@@ -41,39 +41,47 @@ class MatchLayers:
 
     name = "layers"
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillConfig):
-        """Args: the models as given (they are not changed) and the settings."""
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: DistillConfig,
+        stored: OneModule | None = None,
+    ):
+        """Args:
+        teacher, student: the models as given; they are not changed.
+        config: the settings.
+        stored: calls of one module on disk: it alone trains, and the teacher is not called.
+        """
         assert config.layers is not None
         self.options: LayerStage = config.layers
-        names = core_names(student)
-        if not names:
+        learning = learning_names(student)
+        if not learning:
             raise UsageError(
                 "No rewritten module has new parameters, so there is nothing to match layer by "
                 "layer: leave out the 'layers' stage or choose a mixer that learns."
             )
+        if stored is not None:
+            learning = {stored.path: learning[stored.path]}
+        names = list(dict.fromkeys(name for names in learning.values() for name in names))
         dtype = compute_dtype(config.dtype, teacher)
-        same = computes_in(teacher, dtype)
         tensors: dict[int, torch.Tensor] = {}
-        self.teacher = teacher if same else private_copy(teacher, dtype, tensors)
-        self.student = private_owners(student, learning_owners(student), dtype, tensors, names)
+        self.teacher = teacher
+        if stored is None and not computes_in(teacher, dtype):
+            self.teacher = private_copy(teacher, dtype, tensors)
+        self.student = private_owners(student, learning, dtype, tensors, names)
         for name in names:
             self.student.get_parameter(name).requires_grad_(True)
         shard(self.student, names)
         self.core = {n: self.student.get_parameter(n) for n in names}
         self.rates = core_rates(self.student)
         self.body: dict[str, nn.Parameter] = {}
-        learning = {
-            path: [f"{at}.{n}" for at, core in cores.items() for n, _ in core.named_parameters()]
-            for path, cores in learning_owners(self.student).items()
-        }
-        self.owners = {
-            path: self.student.get_submodule(path) for path in learning if learning[path]
-        }
+        self.owners = {path: self.student.get_submodule(path) for path in learning}
         self.groups = [learning[path] for path in self.owners]
         self.cores: dict[str, list[Mixer]] = {path: [] for path in self.owners}
         if self.options.attention is not None:
             self._state_attention()
-        self._originals = Originals(self.teacher, self.owners)
+        self._calls: Calls = stored or Originals(self.teacher, self.owners)
 
     def backward(self, rows: Rows, scale: float, ready: Ready | None = None) -> Losses:
         with dropping(self.student, self.options.drop_window):
@@ -89,11 +97,11 @@ class MatchLayers:
                 loss = self._learn(path, args, kwargs, target, rows.mask, scale)
             calls[path] += 1
             parts[path] = parts.get(path, 0.0) + (loss - parts.get(path, 0.0)) / calls[path]
-            if ready is not None and calls[path] == self._originals.runs.get(path):
+            if ready is not None and calls[path] == self._calls.runs.get(path):
                 with torch.enable_grad():
                     ready(numbers[path])
 
-        self._originals.visit(rows, look)
+        self._calls.visit(rows, look)
         return Losses(sum(parts.values()) / len(parts), parts)
 
     def _state_attention(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,19 @@ from rewriter.passes.compare import first_tensor, tensors_of
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 Visit = Callable[[str, Any, dict[str, Any], torch.Tensor], None]
+
+
+class Calls(Protocol):
+    """Where the calls of the teacher's modules come from."""
+
+    @property
+    def runs(self) -> Mapping[str, int]:
+        """Calls of each module in one forward by path, as far as they are known."""
+        ...
+
+    def visit(self, rows: Rows, look: Visit) -> dict[str, int]:
+        """Show every call of a batch: path, arguments, output; the number of calls by path."""
+        ...
 
 
 class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rewriter.distill.config import Budget, DistillConfig
-from rewriter.distill.copies import core_names, rewritten_cores
+from rewriter.distill.copies import core_names, hash_values, rewritten_cores, write_core
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
 from rewriter.distill.match_layers import MatchLayers
@@ -20,6 +20,7 @@ from rewriter.distill.precision import compute_dtype
 from rewriter.distill.progress import Reporter, Silent, duration
 from rewriter.distill.resume import Snapshot, latest, save
 from rewriter.distill.stages import Stage
+from rewriter.distill.stored import train_stored
 from rewriter.distill.trainer import StageResult, Trainer
 
 STAGE_ORDER = ("layers", "logits")
@@ -90,11 +91,6 @@ def distill(
             if found is not None and STAGE_ORDER.index(found.stage) > number:
                 continue  # its result is part of the later stage's snapshot
             torch.manual_seed(config.seed)
-            stage: Stage
-            if name == "layers":
-                stage = MatchLayers(teacher, student, config)
-            else:
-                stage = MatchLogits(teacher, student, config)
             trainer = Trainer(
                 rows=rows,
                 seed=config.seed * len(STAGE_ORDER) + number,
@@ -105,8 +101,15 @@ def distill(
             )
             start = found if found is not None and found.stage == name else None
             body_lr = 0.0 if config.logits is None else config.logits.body_lr
-            result, values = trainer.run(stage, budget, body_lr, start)
-            stage.write(values, student)
+            if name == "layers" and config.layers is not None and config.layers.stored is not None:
+                result, values = train_stored(trainer, teacher, student, config, where, start)
+                write_core(student, values)
+            else:
+                kind = MatchLayers if name == "layers" else MatchLogits
+                stage: Stage = kind(teacher, student, config)
+                result, values = trainer.run(stage, budget, body_lr, start)
+                stage.write(values, student)
+                del stage
             results.append(result)
             # A stage that was done before this process began has no losses here.
             losses = "" if math.isnan(result.last) else f"{result.first:.4f} -> {result.last:.4f}"
@@ -114,7 +117,7 @@ def distill(
                 f"stage '{name}': {result.steps} steps, {result.tokens} tokens in "
                 f"{duration(result.seconds)}, {f'loss {losses}' if losses else 'done before'}"
             )
-            del stage, values
+            del values
     return DistillResult(tuple(results))
 
 
@@ -135,13 +138,12 @@ def _fit(student: nn.Module, rows: Rows, config: DistillConfig, report: Reporter
 
 def run_digest(teacher: nn.Module, student: nn.Module, rows: Rows, config: DistillConfig) -> str:
     """Identity of a run: equal digests mean that a checkpoint of one continues the other."""
-    settings = config.model_dump_json(exclude={"checkpoint_every"})
+    settings = config.model_dump_json(exclude={"checkpoint_every": True, "layers": {"stored"}})
+    if config.layers is not None and config.layers.stored is not None:
+        settings += " stored"  # how its checkpoints go on; where it stores does not matter
     dtype = compute_dtype(config.dtype, teacher)  # what "auto" means on this machine
     hasher = hashlib.sha256(f"{settings} {dtype} {rows.digest()}".encode())
-    for name, parameter in teacher.named_parameters():
-        head = parameter.detach().flatten()[:256].double().cpu().numpy()
-        hasher.update(f"{name} {tuple(parameter.shape)}".encode())
-        hasher.update(head.tobytes())
+    hash_values(hasher, teacher)
     # Values of the new parameters do not count: a checkpoint brings its own.
     for path, core in rewritten_cores(student).items():
         hasher.update(f"{path} {core.info.name} {core.options!r}".encode())
