@@ -11,7 +11,8 @@ medians over steps, the first step of every round left out.
 Memory is that of the layer-by-layer stage: what the process grew by over the loaded teacher, as the
 allocator keeps freed memory, and in a second process with it given back at once: what is in use.
 The bound beside it is the new parameters in float32 with gradient and both moments of the
-optimiser, and what the process grows by during forward and backward of one layer alone.
+optimiser, and what the process grows by during forward and backward of one layer alone. The same
+steps are then run from activations on disk, one layer after another.
 """
 
 from __future__ import annotations
@@ -70,6 +71,16 @@ class Steps(Silent):
 
     def seconds(self) -> list[float]:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+@dataclass
+class Said(Silent):
+    """What a run says."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
 
 
 class Marks(TrainerCallback):
@@ -229,30 +240,41 @@ def speed(teacher: nn.Module, student: nn.Module, rows: Rows, options: argparse.
 
 
 def memory(teacher: nn.Module, student: nn.Module, rows: Rows, options: argparse.Namespace) -> None:
-    config = parse_config(
-        {
-            "length": options.length,
-            "dtype": "bfloat16",
-            "checkpoint_every": 0,
-            "layers": {"steps": 2},
-        }
-    )
-    distill(teacher, student, rows, config)  # what is compiled and cached once is not counted
+    base = {"length": options.length, "dtype": "bfloat16", "checkpoint_every": 0}
+    layers = {"steps": options.steps}
+    config = parse_config({**base, "layers": layers})
+    stored = parse_config({**base, "layers": {**layers, "stored": True}})
+    for kind in (config, stored):  # what is compiled and cached once is not counted
+        short = kind.layers.model_copy(update={"steps": 2})
+        distill(teacher, student, rows, kind.model_copy(update={"layers": short}))
     owned = sum(p.numel() * p.element_size() for p in teacher.parameters())
     console.print(f"loaded teacher: {owned / 2**20:.0f} MiB of weights")
     new, kept = bound(teacher, student, rows, config)
     release()
-    grown = peak_during(lambda: distill(teacher, student, rows, config))
     held = "given back at once" if GIVEN_BACK.items() <= os.environ.items() else "kept"
+    begun = clock()
+    grown = peak_during(lambda: distill(teacher, student, rows, config))
+    seconds = clock() - begun
+    tokens = options.steps * options.length
     console.print(
         f"layer by layer, freed memory {held}: {grown / 2**20:.0f} MiB over the teacher; one "
         f"layer's activations and its optimiser: {(new + kept) / 2**20:.0f} MiB "
         f"({new / 2**20:.0f} of new parameters and their optimiser, {kept / 2**20:.0f} of "
-        "activations)"
+        f"activations); {tokens / seconds:.0f} tokens/s over {options.steps} steps"
+    )
+    release()
+    said = Said()
+    begun = clock()
+    grown = peak_during(lambda: distill(teacher, student, rows, stored, reporter=said))
+    seconds = clock() - begun
+    console.print(
+        f"from disk, freed memory {held}: {grown / 2**20:.0f} MiB over the teacher; "
+        f"{tokens / seconds:.0f} tokens/s ({said.lines[0]})"
     )
     if held == "kept":
         again = [sys.executable, __file__, "--assets", str(options.assets), "--only", "memory"]
         more = ["--length", str(options.length), "--threads", str(options.threads)]
+        more += ["--steps", str(options.steps)]
         subprocess.run([*again, *more], env=os.environ | GIVEN_BACK, check=True)
 
 

@@ -8,7 +8,7 @@ teacher's own stream.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,7 @@ def fit_cores(model: nn.Module, rows: Rows) -> tuple[Fitted, ...]:
             after = before
         report.append(Fitted(fqn, core.info.name, before, after))
 
-    if any(takes_data(core) for core in rewritten_cores(model).values()):
-        _visit(model, rows, fit, takes_data)
+    _visit(model, rows, fit, lambda core: core.takes_data)
     return tuple(report)
 
 
@@ -75,33 +74,35 @@ def core_gaps(model: nn.Module, rows: Rows) -> dict[str, float]:
     return gaps
 
 
-def takes_data(core: Mixer) -> bool:
-    """Whether a core has anything to set from data."""
-    return type(core).fit is not Mixer.fit
+class _DoneSignal(Exception):  # noqa: N818 - control flow, not a failure
+    """Every core has been visited: the rest of the forward, the logits above all, is not needed."""
 
 
 def _visit(
     model: nn.Module, rows: Rows, visit: Visit, wanted: Callable[[Mixer], bool] = lambda core: True
 ) -> None:
     """One forward; `visit` gets path, core, tokens, the core's output and the original's."""
+    waiting = {core for core in rewritten_cores(model).values() if wanted(core)}
+    if not waiting:
+        return
 
     def hook_of(fqn: str, core: Mixer) -> Any:
         original = Keep(core.site, KeepOptions()).eval()
 
-        visited: list[bool] = []  # of a module that runs several times the first run counts
-
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             q, k, v, terms = args
             target = original(q, k, v, terms)[0]
-            if wanted(core) and not visited:
-                visited.append(True)
+            if core in waiting:  # of a module that runs several times the first run counts
+                waiting.remove(core)
                 x = core.tokens(q, k, v, terms, kwargs.get("hidden"))
                 visit(fqn, core, x, output[0], target)
+                if not waiting:
+                    raise _DoneSignal
             return target, None
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, suppress(_DoneSignal), torch.no_grad():
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(uncached(model))
         for path, core in rewritten_cores(model).items():

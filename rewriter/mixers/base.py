@@ -179,6 +179,11 @@ class Mixer(nn.Module):
             "cannot learn from the teacher's; leave out 'attention' of the stage 'layers'"
         )
 
+    @property
+    def takes_data(self) -> bool:
+        """Whether `fit` has anything to set; a forward for it is run only then."""
+        return type(self).fit is not Mixer.fit
+
     def fit(self, x: Tokens, target: torch.Tensor) -> None:
         """Move the start nearer to the original: what it gives for tokens x is `target`.
 

@@ -17,7 +17,7 @@ from rewriter.distill import Progress, Rows, Silent, distill, parse_config
 from rewriter.distill import resume as resume_module
 from rewriter.errors import InputError, OutputError, UsageError
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
     "length": 24,
     "checkpoint_every": 3,
@@ -54,7 +54,14 @@ def attempt(folder, result, stage, step, where):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(self, target)
 
-    Path.replace = replace
+    rename_of_part = Path.rename
+
+    def rename_part(self, target):
+        if where == "part" and Path(target).name.startswith("part-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename_of_part(self, target)
+
+    Path.replace, Path.rename = replace, rename_part
     teacher = tiny_teacher()
     student = tiny_student(teacher)
     distill(
@@ -85,10 +92,41 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> 
         (folder, resumed, "logits", 4, "step"),
         (folder, resumed, "", 0, ""),
     ]
+    codes, left = killed(CONFIG, attempts, tmp_path)
+    assert left[1] == ["layers-000003"]
+    assert len(left[2]) == 2 and left[2][0].endswith(".tmp") and left[2][1] == "layers-000003"
+    assert left[3] == ["layers-000007", "logits-000003"]
+    assert left[4] == ["logits-000006", "logits-000008"]
+    assert codes == (0, -signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0)
+    assert_equal(whole, resumed)
+
+
+def test_killed_runs_from_disk_end_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
+    folder, whole, resumed = (str(tmp_path / n) for n in ("checkpoints", "whole", "resumed"))
+    attempts = [
+        ("", whole, "", 0, ""),
+        (folder, resumed, "", 0, "part"),  # while activations are being written
+        (folder, resumed, "layers", 5, "step"),  # in the first layer
+        (folder, resumed, "layers", 7, "write"),  # at its end
+        (folder, resumed, "layers", 12, "step"),  # in the second one
+        (folder, resumed, "logits", 4, "step"),
+        (folder, resumed, "", 0, ""),
+    ]
+    layers = {**CONFIG["layers"], "stored": True}
+    codes, left = killed({**CONFIG, "layers": layers}, attempts, tmp_path)
+    assert codes == (0, *(-signal.SIGKILL,) * 5, 0)
+    assert left[1] == ["activations"] and left[2] == ["activations", "layers-000003"]
+    assert left[4] == ["activations", "layers-000007", "layers-000010"]
+    assert left[6] == ["logits-000006", "logits-000008"]
+    assert_equal(whole, resumed)
+
+
+def killed(config: Any, attempts: Any, tmp_path: Path) -> tuple[Any, Any]:
+    """Exit codes of the attempts, and what each left in its folder."""
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(CONFIG), json.dumps(attempts)],
+        [sys.executable, "-c", SCRIPT, json.dumps(config), json.dumps(attempts)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         check=True,
@@ -97,11 +135,10 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> 
         text=True,
     )
     codes, left = zip(*(json.loads(line) for line in done.stdout.splitlines()), strict=True)
-    assert codes == (0, -signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0)
-    assert left[1] == ["layers-000003"]
-    assert len(left[2]) == 2 and left[2][0].endswith(".tmp") and left[2][1] == "layers-000003"
-    assert left[3] == ["layers-000007", "logits-000003"]
-    assert left[4] == ["logits-000006", "logits-000008"]
+    return codes, left
+
+
+def assert_equal(whole: str, resumed: str) -> None:
     first, second = load_file(whole), load_file(resumed)
     assert first.keys() == second.keys()
     for name, value in first.items():

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from rewriter import rewrite
 from rewriter.distill import Rows, distill, parse_config
 from rewriter.distill.copies import core_names, rewritten_cores, rewritten_owners
+from rewriter.distill.fitting import fit_cores
 from rewriter.distill.lora import site_projections
 from rewriter.distill.match_layers import MatchLayers
 from rewriter.distill.stages import dropping
@@ -134,3 +135,17 @@ def test_the_layer_stage_never_makes_the_teachers_logits(rewritten: tuple[Any, A
     stage.teacher.get_submodule("lm_head").register_forward_hook(lambda *_: called.append(1))
     losses = stage.backward(Rows(token_rows(2, 16)), 1.0)
     assert len(losses.parts) == 2 and not called
+
+
+def test_a_start_from_data_runs_no_more_of_the_model_than_it_needs(
+    rewritten: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = copy.deepcopy(rewritten[1])
+    called: list[str] = []
+    for name in ("model.embed_tokens", "lm_head"):
+        student.get_submodule(name).register_forward_hook(lambda *_, n=name: called.append(n))
+    assert fit_cores(student, Rows(token_rows(2, 16))) == () and not called
+    core = next(iter(rewritten_cores(student).values()))
+    monkeypatch.setattr(type(core), "takes_data", True)
+    fit_cores(student, Rows(token_rows(2, 16)))
+    assert called == ["model.embed_tokens"]

@@ -15,7 +15,16 @@ from safetensors import safe_open
 from transformers import BertConfig, BertModel
 
 from rewriter import rewrite
-from rewriter.distill import Progress, Rows, Silent, activations, distill, parse_config, stored
+from rewriter.distill import (
+    Progress,
+    Rows,
+    Silent,
+    activations,
+    distill,
+    parse_config,
+    stored,
+    teaching,
+)
 from rewriter.distill.calls import described, restored
 from rewriter.distill.copies import core_names
 from rewriter.distill.shards import MappedShard, ShardWriter
@@ -153,14 +162,14 @@ def test_a_run_that_was_stopped_while_layers_train_goes_on(step: int, tmp_path: 
     distill(teacher, whole, rows, config)
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, resumed, rows, config, folder=tmp_path, reporter=Stop(step))
-    assert (tmp_path / stored.FOLDER).is_dir()
+    assert (tmp_path / teaching.FOLDER).is_dir()
     lines = Lines()
     resumed = copy.deepcopy(student)
     distill(teacher, resumed, rows, config, folder=tmp_path, reporter=lines)
     assert not any("modules stored" in line for line in lines.said)
     for name in core_names(whole):
         assert torch.equal(whole.get_parameter(name), resumed.get_parameter(name)), name
-    assert not (tmp_path / stored.FOLDER).exists()
+    assert not (tmp_path / teaching.FOLDER).exists()
 
 
 @pytest.mark.parametrize("batch", [0, 3, 13])

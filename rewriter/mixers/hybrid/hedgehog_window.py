@@ -137,6 +137,10 @@ class HedgehogWindow(Windowed):
         ratio = self.log_ratio.float().exp()
         return run(self.active(), x, x.q, x.k, x.v, self.map_q(x.q), self.map_k, ratio)
 
+    @property
+    def takes_data(self) -> bool:
+        return isinstance(self.map_q, HashMap) and isinstance(self.map_k, HashMap)
+
     def fit(self, x: Tokens, target: torch.Tensor) -> None:
         """Start the bits of a soft hash where queries and the far keys they attend to agree."""
         if isinstance(self.map_q, HashMap) and isinstance(self.map_k, HashMap):
