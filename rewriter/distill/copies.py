@@ -137,23 +137,22 @@ def private_owners(
         dtype, tensors: as in `private_copy`.
         master: names of parameters in the student that are copied to float32 instead.
     """
-    root, done = nn.Module(), list[str]()
-    names = tuple(master)
+    root, names, owners = nn.Module(), tuple(master), dict[str, nn.Module]()
     for path in paths:
-        prefix = f"{path}." if path else ""
-        if any(not outer or path.startswith(f"{outer}.") for outer in done):
+        if any(not outer or path.startswith(f"{outer}.") for outer in owners):
             continue
-        owner = student.get_submodule(path)
+        prefix = f"{path}." if path else ""
         inside = {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
-        _copy_parameters(owner, dtype, tensors, inside, set())
+        owners[path] = student.get_submodule(path)
+        _copy_parameters(owners[path], dtype, tensors, inside, set())
+    for path, owner in owners.items():
         memo = dict[int, object](tensors)
         for module in owner.modules():
             for key in ("config", "site", "options"):
                 if key in module.__dict__:
                     memo[id(module.__dict__[key])] = module.__dict__[key]
         _place(root, path, copy.deepcopy(owner, memo))
-        done.append(path)
-    return (root if done != [""] else root.get_submodule("root")).eval()
+    return (root if "" not in owners else root.get_submodule("root")).eval()
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -76,6 +76,7 @@ class Masters:
         self.groups = stage.groups
         # One optimiser a group: a group takes its step while others still collect gradients.
         self.optimisers = [self._optimiser({n: rates[n] for n in names}) for names in self.groups]
+        self._make_moments()
 
     def _optimiser(self, rates: Mapping[str, float]) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -86,6 +87,15 @@ class Masters:
             betas=BETAS,
             weight_decay=0.0,
         )
+
+    def _make_moments(self) -> None:
+        """Optimiser state as the first step would make it, but before activations come and go:
+        among them it would break up the heap, which then cannot shrink."""
+        for names, optimiser in zip(self.groups, self.optimisers, strict=True):
+            for name in names:
+                value = self.values[name]
+                moments = {slot: torch.zeros_like(value.detach()) for slot in SLOTS[:2]}
+                optimiser.state[value] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, number: int, rates: Mapping[float, float], clip: float | None) -> None:
         """One optimiser step of a group with its accumulated gradients, which it clears.
