@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors import safe_open
 from transformers import BertConfig, BertModel
 
 from rewriter import rewrite
+from rewriter.checkpoint import open_checkpoint
+from rewriter.checkpoint.paging import Pages
 from rewriter.distill import (
     Progress,
     Rows,
@@ -313,3 +316,16 @@ def test_tensors_come_back_from_a_file(tmp_path: Path) -> None:
         described({"x": torch.device("cpu")}, writer.add)
     with pytest.raises(UsageError, match="complex64"):
         ShardWriter(tmp_path / "y").add(torch.zeros(1, dtype=torch.complex64))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_a_teacher_whose_weights_stay_in_their_files(tmp_path: Path) -> None:
+    tiny_teacher().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    source = open_checkpoint(tmp_path / "model")
+    teacher, rows = source.model, Rows(token_rows())
+    student = tiny_student(teacher)
+    wanted = run(student, teacher, rows, {})[1]
+    pages = Pages(source.mapped_files, 0)
+    with pages.kept_within():
+        assert_same(wanted, run(student, teacher, rows, {"stored": True})[1])
+    assert pages.give_back() == 0  # nothing of the files is resident, so nothing was copied
