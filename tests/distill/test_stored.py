@@ -329,3 +329,24 @@ def test_a_teacher_whose_weights_stay_in_their_files(tmp_path: Path) -> None:
     with pages.kept_within():
         assert_same(wanted, run(student, teacher, rows, {"stored": True})[1])
     assert pages.give_back() == 0  # nothing of the files is resident, so nothing was copied
+
+
+def test_a_stage_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    student, rows = tiny_student(teacher), Rows(token_rows())
+    layers, lines = {"stored": True}, Lines()
+    first = run(student, teacher, rows, layers, folder=tmp_path)[1]
+    result, second = run(student, teacher, rows, layers, folder=tmp_path, reporter=lines)
+    assert_same(first, second)
+    assert result.steps == 7 and lines.said[-1].endswith("done before")
+    with pytest.raises(UsageError, match="another config"):  # its checkpoints are others
+        run(student, teacher, rows, {}, folder=tmp_path)
+
+
+def test_the_settings_survive_a_file() -> None:
+    wanted = parse_config({"layers": {"steps": 3, "stored": {"disk": "2 GB"}}})
+    assert parse_config(wanted.model_dump(mode="json")) == wanted
+    plain = parse_config({"layers": {"steps": 3, "stored": False}})
+    assert plain.layers is not None and plain.layers.stored is None
+    switched = parse_config({"layers": {"steps": 3, "stored": True}})
+    assert switched.layers is not None and switched.layers.stored is not None
