@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import sympy
@@ -93,7 +94,7 @@ class Mixer(nn.Module):
     averages: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = True
     silent: ClassVar[bool] = False
-    rates: ClassVar[Mapping[str, float]] = {}
+    rates: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, site: AttentionSite, options: MixerOptions, layer: int | None = None):
         """Args: the site, validated options, and the layer's index in the cache, if it has one."""
