@@ -238,8 +238,14 @@ def test_eval_refuses_a_teacher_that_reads_otherwise(
     assert "tokenizers" in failed(run(*words), 3)
 
 
+@pytest.mark.parametrize("stored", [False, True])
 def test_distill_survives_an_interruption(
-    tiny: Path, converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: bool,
+    tiny: Path,
+    converted: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = tmp_path / "config.yaml"
     stage = {"steps": 3, "lr": 0.01}
@@ -247,7 +253,7 @@ def test_distill_survives_an_interruption(
         "length": 64,
         "dtype": "float32",
         "checkpoint_every": 1,
-        "layers": stage,
+        "layers": {**stage, "stored": stored},
         "logits": {**stage, "train": "core"},
     }
     config.write_text(json.dumps(settings))
