@@ -15,6 +15,7 @@ from rewriter.errors import InputError, UsageError
 Schedule = Literal["cosine", "linear", "constant"]
 Trained = Literal["core", "lora", "all"]
 AttentionLoss = Literal["cross_entropy", "frobenius"]
+RelationPair = Literal["qq", "kk", "vv", "qk"]
 
 
 class _Strict(BaseModel):
@@ -126,17 +127,48 @@ class LayerStage(Budget):
         return self
 
 
-class LogitStage(Budget):
-    """Stage 2: the whole student imitates the teacher's next-token distribution.
+class Relations(_Strict):
+    """Relations between tokens at one rewritten module (MiniLM, `rewriter.distill.relations`).
 
     Attributes:
+        of: pairs of queries (q), keys (k) and values (v). MiniLM has 'qk', the attention weights,
+            and 'vv'; MiniLMv2 'qq', 'kk' and 'vv'.
+        heads: relation heads, None for the teacher's query heads.
+        layer: which rewritten module, counted in order; -1 is the last.
+        weight: of the loss.
+        rows: tokens whose relations are held in float32 at once.
+    """
+
+    of: tuple[RelationPair, ...] = Field(default=("qq", "kk", "vv"), min_length=1)
+    heads: int | None = Field(default=None, ge=1)
+    layer: int = -1
+    weight: float = Field(default=1.0, gt=0)
+    rows: int = Field(default=128, ge=1)
+
+
+class LogitStage(Budget):
+    """Stage 2: the whole student imitates the teacher.
+
+    By its distribution over the next token, unless told otherwise; a model without logits, such as
+    an encoder, by hidden states and relations alone (`divergence` 0).
+
+    Attributes:
+        divergence: weight of the loss on logits.
+        hidden: weight of the error of the rewritten modules' outputs (`losses.output_error`, mean
+            over the modules), each model in its own stream. In one process.
+        relations: a loss on relations between tokens, or None. In one process.
         train: 'core' trains the new parameters alone, 'lora' adds low-rank updates of the sites'
             projections (merged at the end), 'all' trains every parameter.
         body_lr: learning rate of what is not `core.*`.
         rank, alpha: of the low-rank updates.
-        ce: weight of the cross-entropy on the text; the Kullback-Leibler term has 1 - ce.
+        ce: share of the cross-entropy on the text in the loss on logits; the Kullback-Leibler
+            term has 1 - ce.
         chunk: tokens whose logits are held at once.
     """
+
+    divergence: float = Field(default=1.0, ge=0)
+    hidden: float = Field(default=0.0, ge=0)
+    relations: Relations | None = None
 
     lr: float = Field(default=1e-3, gt=0)
     train: Trained = "lora"
@@ -145,6 +177,12 @@ class LogitStage(Budget):
     alpha: float = Field(default=16.0, gt=0)
     ce: float = Field(default=0.0, ge=0, le=1)
     chunk: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> LogitStage:
+        if self.divergence == 0 and self.hidden == 0 and self.relations is None:
+            raise ValueError("give 'divergence' or 'hidden' a weight, or 'relations'")
+        return self
 
 
 class DistillConfig(_Strict):

@@ -18,11 +18,12 @@ from rewriter.distill.losses import divergence
 from rewriter.distill.precision import compute_dtype
 from rewriter.distill.sharding import as_sharded, shard, size, whole
 from rewriter.distill.stages import Losses, Ready, call, dropping
+from rewriter.distill.within import Within
 from rewriter.errors import UsageError
 
 
 class MatchLogits:
-    """Stage 2: the whole student imitates the teacher's distribution over the next token."""
+    """Stage 2: the whole student imitates the teacher: its predictions, or what is inside it."""
 
     name = "logits"
 
@@ -58,32 +59,51 @@ class MatchLogits:
         self.body = {n: self.student.get_parameter(n) for n in body}
         self.groups = [[*self.core, *self.body]]
         self._heads: Heads | Literal["unknown"] | None = "unknown"
+        self._within: Within | None = None
+        if self.options.hidden > 0 or self.options.relations is not None:
+            self._within = Within(self.teacher, self.student, student, self.options)
 
     def backward(self, rows: Rows, scale: float, ready: Ready | None = None) -> Losses:
+        options, within = self.options, self._within
         if self._heads == "unknown":
-            self._heads = self._found_heads(rows)
+            self._heads = self._found_heads(rows) if options.divergence > 0 else None
         heads = self._heads
-        options = self.options
+        teaches = within is not None or (options.divergence > 0 and options.ce < 1)
+        target = None
+        with nullcontext() if heads is None else heads.open():
+            with (
+                dropping(self.student, options.drop_window),
+                nullcontext() if within is None else within.student_runs(),
+            ):
+                out = call(self.student, rows)
+            if teaches:  # with the cross-entropy alone no teacher is needed
+                around = nullcontext() if within is None else within.teacher_runs(self.teacher)
+                with torch.no_grad(), around:
+                    target = call(self.teacher, rows)
+        parts: list[torch.Tensor] = []
+        if options.divergence > 0:
+            parts.append(options.divergence * self._on_logits(rows, out, target))
+        if within is not None:
+            parts.append(within.loss(rows.mask))
+        del out, target
+        loss = torch.stack(parts).sum()
+        torch.autograd.backward(loss * scale)
+        return Losses(loss.item(), {})
+
+    def _on_logits(self, rows: Rows, output: Any, teacher_output: Any) -> torch.Tensor:
+        options, heads = self.options, self._heads
         labels = None
         if options.ce > 0:
             labels = torch.full_like(rows.ids, -1)
             labels[:, :-1] = rows.ids[:, 1:]
             if rows.mask is not None:
                 labels[:, :-1][rows.mask[:, 1:] == 0] = -1
-        with nullcontext() if heads is None else heads.open():
-            with dropping(self.student, options.drop_window):
-                out = logits_of(call(self.student, rows))
-            target = None
-            if options.ce < 1:  # else the divergence has no weight: no teacher is needed
-                with torch.no_grad():
-                    target = logits_of(call(self.teacher, rows))
-        if heads is not None:
-            loss = heads.divergence(out, target, rows.mask, labels, options.ce, options.chunk)
-        else:
-            target = out if target is None else target
-            loss = divergence(out, target, rows.mask, labels, options.ce, options.chunk)
-        torch.autograd.backward(loss * scale)
-        return Losses(loss.item(), {})
+        out = logits_of(output)
+        target = None if options.ce == 1 else logits_of(teacher_output)
+        if isinstance(heads, Heads):
+            return heads.divergence(out, target, rows.mask, labels, options.ce, options.chunk)
+        target = out if target is None else target
+        return divergence(out, target, rows.mask, labels, options.ce, options.chunk)
 
     def _found_heads(self, rows: Rows) -> Heads | None:
         if size() > 1 and self.options.train == "all":

@@ -15,7 +15,10 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_every_recipe_is_valid_and_says_where_it_is_from() -> None:
-    assert recipe_names() == ["demo", "hedgehog", "lolcats", "mambainllama", "mohawk", "radlads"]
+    assert recipe_names() == [
+        *("demo", "hedgehog", "lit", "lolcats"),
+        *("mambainllama", "minilm", "mohawk", "radlads"),
+    ]
     for name in recipe_names():
         one = recipe(name)
         assert one.name == name and one.description and one.source
