@@ -4,7 +4,8 @@
 
 Prints how well the pairwise similarities of sentences agree with the original's: training-free
 windows, undistilled linear attention, and the same after a minute or two of layer-by-layer
-distillation on other text. The distilled model is saved, loaded again and compared.
+distillation on other text, with `--whole relations` (MiniLM's) or `--whole hidden` also after 40
+steps of the whole student. The distilled model is saved, loaded again and compared.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from rewriter.evaluate import SENTENCES, QualityReport, embed, similarity_agreem
 
 TEXT = Path(__file__).parent / "data" / "state_of_the_union.txt"
 WINDOWS = {"rules": [{"use": "sink_window", "options": {"window": 4, "sinks": 1}}]}
+LOSSES: dict[str, dict[str, Any]] = {
+    "relations": {"relations": {"of": ["qk", "vv"]}},
+    "hidden": {"hidden": 1.0},
+}
 console = Console()
 
 
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     parser.add_argument("--out", type=Path, default=Path("out/encoder"))
     parser.add_argument("--seconds", type=float, default=120.0, help="of distillation")
+    parser.add_argument("--whole", choices=tuple(LOSSES), help="train the whole student after")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -65,6 +71,12 @@ def main() -> None:
     with LiveProgress(console) as progress:
         distill(teacher, student, rows, config, reporter=progress)
     columns["linear, distilled"] = agreement(student)
+    if options.whole:
+        stage = {"steps": 40, "batch": 16, "train": "all", "divergence": 0, **LOSSES[options.whole]}
+        with LiveProgress(console) as progress:
+            whole = parse_config({"dtype": "float32", "fit": 0, "logits": stage})
+            distill(teacher, student, rows, whole, reporter=progress)
+        columns[f"and its {options.whole}"] = agreement(student)
     console.print(*quality_view(QualityReport(columns)))
     save(student, options.out, rewriter.plan_of(student), tokenizer, overwrite=True)
     again = load(options.out)

@@ -73,7 +73,7 @@ def _split(x: Tensor, pair: str, count: int, whose: str) -> Tensor:
             f"The {wide.shape[-1]} channels of '{pair}' of the {whose} do not split into {count} "
             "relation heads: choose another number for 'heads' of 'relations'."
         )
-    return wide.unflatten(-1, (count, -1)).transpose(1, 2)
+    return wide.view(*wide.shape[:2], count, -1).transpose(1, 2)
 
 
 def _rows_error(
@@ -113,7 +113,7 @@ def _log_rows(rows: Tensor, keys: Tensor, seen: Tensor | None) -> Tensor:
     """Logarithm of the softmax over the keys that are seen, 0 at the others and in empty rows."""
     logits = rows.float() @ keys.float().mT * rows.shape[-1] ** -0.5
     if seen is None:
-        return logits.log_softmax(-1)
+        return torch.log_softmax(logits, -1)
     some = seen.any(-1, keepdim=True)
     logits = logits.masked_fill(~seen & some, -torch.inf)
-    return logits.log_softmax(-1).masked_fill(~seen, 0.0)
+    return torch.log_softmax(logits, -1).masked_fill(~seen, 0.0)
