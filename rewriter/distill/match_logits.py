@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rewriter.distill.borrowed import quicken
 from rewriter.distill.config import DistillConfig, LogitStage
 from rewriter.distill.copies import core_names, core_rates, private_copy, write_body, write_core
 from rewriter.distill.data import Rows
@@ -31,7 +32,7 @@ class MatchLogits:
         """Args: the models as given (they are not changed) and the settings."""
         assert config.logits is not None
         self.options: LogitStage = config.logits
-        self._original = teacher
+        self._original, self._given = teacher, student
         names = core_names(student)
         dtype = compute_dtype(config.dtype, teacher)
         body = []
@@ -66,6 +67,7 @@ class MatchLogits:
     def backward(self, rows: Rows, scale: float, ready: Ready | None = None) -> Losses:
         options, within = self.options, self._within
         if self._heads == "unknown":
+            quicken(self.teacher, self.student, self._given, rows)
             self._heads = self._found_heads(rows) if options.divergence > 0 else None
         heads = self._heads
         teaches = within is not None or (options.divergence > 0 and options.ce < 1)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.distill.borrowed import borrowed
 from rewriter.distill.config import LogitStage
-from rewriter.distill.copies import private_copy, rewritten_owners
+from rewriter.distill.copies import rewritten_owners
 from rewriter.distill.losses import output_error
 from rewriter.distill.originals import CACHE_ARGUMENTS, hidden_states
 from rewriter.distill.relations import check_split, relation_error
@@ -72,7 +73,7 @@ class Within:
                     f"Relations are between the tokens of one sequence, and '{self.path}' is cross "
                     "attention or runs several times: choose another 'layer' of 'relations'."
                 )
-            self.reader = self._read_by(teacher, given)
+            self.reader = borrowed(given, teacher, self.path)
 
     def _chosen(self, layer: int) -> str:
         if not -len(self.paths) <= layer < len(self.paths):
@@ -81,27 +82,6 @@ class Within:
                 "another 'layer' of 'relations'."
             )
         return self.paths[layer]
-
-    def _read_by(self, teacher: nn.Module, given: nn.Module) -> nn.Module:
-        """The student's module with the teacher's parameters."""
-        source = teacher.get_submodule(self.path)
-        theirs = dict(source.named_parameters())
-        own = given.get_submodule(self.path)
-        dtype = next((p.dtype for p in source.parameters()), torch.float32)
-        reader = private_copy(own, dtype, {})
-        cores = [m for m in reader.modules() if isinstance(m, Mixer)]
-        new = {id(p) for core in cores for p in core.parameters()}
-        for name, parameter in reader.named_parameters():
-            found = theirs.get(name)
-            if id(parameter) in new:
-                continue
-            if found is None or found.shape != parameter.shape:
-                raise UsageError(
-                    f"'{self.path}.{name}' is not a parameter of the teacher, so its queries, keys "
-                    "and values cannot be read there: leave out 'relations' of the stage 'logits'."
-                )
-            parameter.data = found.detach()
-        return reader
 
     @contextmanager
     def student_runs(self) -> Iterator[None]:
