@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rewriter.distill import DistillConfig, DistillResult, Rows
 
 MINUTES = 6.0
-LAYER_SHARE = 0.4  # of the budget, for the first of two stages
+SHARES = {"layers": 4.0, "logits": 6.0, "long": 2.0}  # of the budget
 
 
 def distill(
@@ -191,34 +191,45 @@ def _settings(
         if minutes is None and steps is None:
             minutes = MINUTES
     data.update({key: value for key, value in given.items() if value is not None})
-    stages = [name for name in ("layers", "logits") if data.get(name) is not None]
+    stages = [name for name in SHARES if data.get(name) is not None]
     if train is not None:
         if "logits" not in stages:
             raise UsageError("--train is for the stage 'logits', which the config leaves out")
         data["logits"]["train"] = train
     if minutes is not None or steps is not None:
-        for name, share in _shares(stages).items():
+        for name in stages:
+            share = SHARES[name] / sum(SHARES[other] for other in stages)
             data[name]["max_seconds"] = None if minutes is None else 60 * minutes * share
             data[name]["steps"] = None if steps is None else max(1, round(steps * share))
     return parse_config(data, "the distillation config" if source is None else f"'{source}'")
 
 
-def _shares(stages: list[str]) -> dict[str, float]:
-    if len(stages) == 1:
-        return {stages[0]: 1.0}
-    return {"layers": LAYER_SHARE, "logits": 1.0 - LAYER_SHARE}
-
-
 def _fitting(settings: DistillConfig, config: Any, language: bool) -> DistillConfig:
-    """Rows no longer than the model reads, and no logits from a model that predicts none."""
+    """Rows no longer than the model reads, and no logits from a model that predicts none.
+
+    A stage on longer rows takes the longest that the model reads; one that would not be longer then
+    is left out.
+    """
     changes: dict[str, Any] = {}
     positions = positions_of(config)
     if positions is not None and settings.length > positions:
         changes["length"] = positions
-    if not language and settings.logits is not None:
-        if settings.layers is None:
-            raise UsageError("an encoder has no logits to match; give the config a stage 'layers'")
-        changes["logits"] = None
+    length = changes.get("length", settings.length)
+    if settings.long is not None and positions is not None and settings.long.length > positions:
+        most = positions // length * length
+        long = settings.long.model_copy(update={"length": most})
+        changes["long"] = long if most > length else None
+    if not language:
+        inside = settings.logits
+        if inside is not None:
+            other = inside.hidden > 0 or inside.relations is not None
+            inside = inside.model_copy(update={"divergence": 0.0}) if other else None
+        if settings.layers is None and inside is None:
+            raise UsageError(
+                "an encoder has no logits to match; give the config a stage 'layers', or 'hidden' "
+                "or 'relations' in the stage 'logits'"
+            )
+        changes |= {"logits": inside, "long": None}
     return settings.model_copy(update=changes)
 
 

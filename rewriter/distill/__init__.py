@@ -4,6 +4,7 @@ from rewriter.distill.config import (
     DistillConfig,
     LayerStage,
     LogitStage,
+    LongStage,
     load_config,
     parse_config,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "LayerStage",
     "LiveProgress",
     "LogitStage",
+    "LongStage",
     "PlainLines",
     "Progress",
     "Recipe",

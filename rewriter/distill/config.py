@@ -185,6 +185,17 @@ class LogitStage(Budget):
         return self
 
 
+class LongStage(LogitStage):
+    """Stage 3: the whole student on longer rows, by cross-entropy unless told otherwise.
+
+    Attributes:
+        length: tokens a row, a multiple of the run's: neighbouring rows are joined.
+    """
+
+    length: int = Field(ge=4)
+    ce: float = Field(default=1.0, ge=0, le=1)
+
+
 class DistillConfig(_Strict):
     """A whole distillation.
 
@@ -198,6 +209,7 @@ class DistillConfig(_Strict):
             is bfloat16 where the hardware multiplies it, else float32.
         layers: stage 1, or None to skip it.
         logits: stage 2, or None to skip it.
+        long: stage 3, or None to skip it.
         checkpoint_every: optimiser steps between checkpoints; 0 keeps only the end of each stage.
     """
 
@@ -208,12 +220,17 @@ class DistillConfig(_Strict):
     dtype: Precision = "auto"
     layers: LayerStage | None = None
     logits: LogitStage | None = None
+    long: LongStage | None = None
     checkpoint_every: int = Field(default=50, ge=0)
 
     @model_validator(mode="after")
     def _some_stage(self) -> DistillConfig:
-        if self.layers is None and self.logits is None:
-            raise ValueError("give at least one of 'layers' and 'logits'")
+        if self.layers is None and self.logits is None and self.long is None:
+            raise ValueError("give at least one of 'layers', 'logits' and 'long'")
+        if self.long is not None and (
+            self.long.length % self.length or self.long.length <= self.length
+        ):
+            raise ValueError("'length' of 'long' must be a multiple of the run's, and larger")
         return self
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rewriter.errors import InputError
+from rewriter.errors import InputError, UsageError
 
 FORM_FEED = "\f"
 Source = str | Path | Sequence[str]
@@ -51,6 +51,25 @@ class Rows:
     def take(self, index: torch.Tensor) -> Rows:
         """The rows at `index`, an int64 vector."""
         return Rows(self.ids[index], None if self.mask is None else self.mask[index])
+
+    def joined(self, count: int) -> Rows:
+        """Rows `count` times as long: neighbours in their order, a remainder left out.
+
+        Raises:
+            UsageError: the rows are padded, or there are too few.
+        """
+        if self.mask is not None:
+            raise UsageError(
+                "Rows with padding cannot be joined to longer ones: leave out the stage 'long'."
+            )
+        rows, length = self.ids.shape
+        if rows < count:
+            raise UsageError(
+                f"The stage 'long' needs {count} rows of {length} tokens for one of its own, and "
+                f"there are {rows}: give more text, or a smaller 'length' of 'long'."
+            )
+        kept = self.ids[: rows // count * count]
+        return Rows(kept.reshape(-1, count * length))
 
     def digest(self) -> str:
         """Hash of the content: two runs with equal digests train on the same rows."""

@@ -26,12 +26,18 @@ from rewriter.errors import UsageError
 class MatchLogits:
     """Stage 2: the whole student imitates the teacher: its predictions, or what is inside it."""
 
-    name = "logits"
-
-    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillConfig):
-        """Args: the models as given (they are not changed) and the settings."""
-        assert config.logits is not None
-        self.options: LogitStage = config.logits
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: DistillConfig,
+        which: Literal["logits", "long"] = "logits",
+    ):
+        """Args: the models as given (they are not changed), the settings, and which stage it is."""
+        options = config.logits if which == "logits" else config.long
+        assert options is not None
+        self.name: str = which
+        self.options: LogitStage = options
         self._original, self._given = teacher, student
         names = core_names(student)
         dtype = compute_dtype(config.dtype, teacher)
@@ -49,7 +55,7 @@ class MatchLogits:
         if not names and not body:
             raise UsageError(
                 "Nothing would train: the rewritten modules have no new parameters, so choose "
-                "train 'lora' or 'all' for the 'logits' stage."
+                f"train 'lora' or 'all' for the '{which}' stage."
             )
         trained = {*names, *body}
         for name, parameter in self.student.named_parameters():

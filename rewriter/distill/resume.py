@@ -22,8 +22,8 @@ from rewriter.errors import InputError, OutputError, UsageError
 
 FORMAT = 1
 KEEP = 2
-_NAME = re.compile(r"(layers|logits)-(\d+)")
-_ORDER = {"layers": 0, "logits": 1}
+_NAME = re.compile(r"(layers|logits|long)-(\d+)")
+_ORDER = {"layers": 0, "logits": 1, "long": 2}
 
 
 @dataclass(frozen=True)

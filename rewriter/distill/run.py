@@ -1,4 +1,4 @@
-"""The whole distillation: stage 1, stage 2, checkpoints between, results into the student."""
+"""The whole distillation: its stages, checkpoints between, results into the student."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
-from rewriter.distill.config import Budget, DistillConfig
+from rewriter.distill.config import DistillConfig, LayerStage, LogitStage
 from rewriter.distill.copies import core_names, hash_values, rewritten_cores, write_core
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
@@ -23,7 +24,8 @@ from rewriter.distill.stages import Stage
 from rewriter.distill.stored import train_stored
 from rewriter.distill.trainer import StageResult, Trainer
 
-STAGE_ORDER = ("layers", "logits")
+STAGE_ORDER: tuple[Literal["layers", "logits", "long"], ...] = ("layers", "logits", "long")
+_SEEDS = 2  # the order of rows of older runs, which had two stages, stays what it was
 
 
 @dataclass(frozen=True)
@@ -85,28 +87,31 @@ def distill(
     results: list[StageResult] = []
     with torch.random.fork_rng(devices=[]):
         for number, name in enumerate(STAGE_ORDER):
-            budget: Budget | None = config.layers if name == "layers" else config.logits
+            budget: LayerStage | LogitStage | None = getattr(config, name)
             if budget is None:
                 continue
             if found is not None and STAGE_ORDER.index(found.stage) > number:
                 continue  # its result is part of the later stage's snapshot
             torch.manual_seed(config.seed)
             trainer = Trainer(
-                rows=rows,
-                seed=config.seed * len(STAGE_ORDER) + number,
+                rows=_long(rows, config) if name == "long" else rows,
+                seed=config.seed * _SEEDS + number,
                 reporter=report,
                 digest=digest,
                 save=None if where is None else keep,
                 every=config.checkpoint_every,
             )
             start = found if found is not None and found.stage == name else None
-            body_lr = 0.0 if config.logits is None else config.logits.body_lr
+            body_lr = budget.body_lr if isinstance(budget, LogitStage) else 0.0
             if name == "layers" and config.layers is not None and config.layers.stored is not None:
                 result, values = train_stored(trainer, teacher, student, config, where, start)
                 write_core(student, values)
             else:
-                kind = MatchLayers if name == "layers" else MatchLogits
-                stage: Stage = kind(teacher, student, config)
+                stage: Stage
+                if name == "layers":
+                    stage = MatchLayers(teacher, student, config)
+                else:
+                    stage = MatchLogits(teacher, student, config, name)
                 result, values = trainer.run(stage, budget, body_lr, start)
                 stage.write(values, student)
                 del stage
@@ -119,6 +124,11 @@ def distill(
             )
             del values
     return DistillResult(tuple(results))
+
+
+def _long(rows: Rows, config: DistillConfig) -> Rows:
+    assert config.long is not None
+    return rows.joined(config.long.length // int(rows.ids.shape[1]))
 
 
 def _fit(student: nn.Module, rows: Rows, config: DistillConfig, report: Reporter) -> None:

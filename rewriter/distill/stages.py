@@ -29,7 +29,7 @@ class Stage(Protocol):
     """A stage on private copies.
 
     Attributes:
-        name: 'layers' or 'logits'.
+        name: 'layers', 'logits' or 'long'.
         core: trained new parameters (float32) by their name in the student.
         rates: learning rates of `core` relative to the stage's, by name.
         body: other trained parameters, in the compute dtype unless they are new, by name.
