@@ -107,7 +107,11 @@ def distill(
         with out.working("loading"):
             tokenizer = source.tokenizer if source.has_tokenizer else original.tokenizer
             same_tokens(original.tokenizer, tokenizer, texts[0])
+            wanted = settings.long
             settings = _fitting(settings, source.config, is_language_model(original.model))
+            if wanted is not None and settings.long != wanted:
+                what = "is left out" if settings.long is None else "takes rows of as many"
+                out.note(f"the model reads fewer tokens than the stage 'long' has: it {what}")
             train_rows = _rows(texts, tokenizer, settings, is_language_model(original.model))
             models = original.model, source.model
             _check_reach(source.model, settings.length)
@@ -230,7 +234,13 @@ def _fitting(settings: DistillConfig, config: Any, language: bool) -> DistillCon
                 "or 'relations' in the stage 'logits'"
             )
         changes |= {"logits": inside, "long": None}
-    return settings.model_copy(update=changes)
+    fitted = settings.model_copy(update=changes)
+    if fitted.layers is None and fitted.logits is None and fitted.long is None:
+        raise UsageError(
+            f"the model reads {positions} tokens, too few for the rows of the stage 'long', and "
+            "the config has no other stage"
+        )
+    return fitted
 
 
 def _check_reach(student: Any, length: int) -> None:

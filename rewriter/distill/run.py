@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from rewriter.distill.config import DistillConfig, LayerStage, LogitStage
-from rewriter.distill.copies import core_names, hash_values, rewritten_cores, write_core
+from rewriter.distill.config import DistillConfig, LayerStage, LogitStage, LongStage
+from rewriter.distill.copies import core_names, hash_values, rewritten_cores, write_body, write_core
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
 from rewriter.distill.match_layers import MatchLayers
@@ -23,8 +24,10 @@ from rewriter.distill.resume import Snapshot, latest, save
 from rewriter.distill.stages import Stage
 from rewriter.distill.stored import train_stored
 from rewriter.distill.trainer import StageResult, Trainer
+from rewriter.errors import UsageError
 
 STAGE_ORDER: tuple[Literal["layers", "logits", "long"], ...] = ("layers", "logits", "long")
+_BODY = "body."  # parameters in a snapshot of stage 3 that stage 2 replaced
 _SEEDS = 2  # the order of rows of older runs, which had two stages, stays what it was
 
 
@@ -82,6 +85,7 @@ def distill(
     def keep(snapshot: Snapshot) -> object:
         return None if where is None else save(where, snapshot)
 
+    joined = None if config.long is None else _long(rows, config.long)
     if found is None and config.layers is not None and config.fit > 0:
         _fit(student, rows, config, report)
     results: list[StageResult] = []
@@ -94,7 +98,7 @@ def distill(
                 continue  # its result is part of the later stage's snapshot
             torch.manual_seed(config.seed)
             trainer = Trainer(
-                rows=_long(rows, config) if name == "long" else rows,
+                rows=joined if name == "long" and joined is not None else rows,
                 seed=config.seed * _SEEDS + number,
                 reporter=report,
                 digest=digest,
@@ -102,6 +106,8 @@ def distill(
                 every=config.checkpoint_every,
             )
             start = found if found is not None and found.stage == name else None
+            if name == "long":
+                _keep_body(trainer, teacher, student, start)
             body_lr = budget.body_lr if isinstance(budget, LogitStage) else 0.0
             if name == "layers" and config.layers is not None and config.layers.stored is not None:
                 result, values = train_stored(trainer, teacher, student, config, where, start)
@@ -126,9 +132,43 @@ def distill(
     return DistillResult(tuple(results))
 
 
-def _long(rows: Rows, config: DistillConfig) -> Rows:
-    assert config.long is not None
-    return rows.joined(config.long.length // int(rows.ids.shape[1]))
+def _long(rows: Rows, stage: LongStage) -> Rows:
+    width = int(rows.ids.shape[1])
+    if stage.length % width or stage.length <= width:
+        raise UsageError(
+            f"The rows have {width} tokens, and those of the stage 'long' are made of them: give "
+            "its 'length' a multiple of that."
+        )
+    return rows.joined(stage.length // width)
+
+
+def _keep_body(
+    trainer: Trainer, teacher: nn.Module, student: nn.Module, start: Snapshot | None
+) -> None:
+    """Checkpoints of the last stage bring what the one before it made of the body.
+
+    What a stage trains need not hold it: new parameters alone, say, or low-rank updates of it.
+    """
+    if start is not None:
+        update = {
+            name.removeprefix(_BODY): _replacer(value)
+            for name, value in start.tensors.items()
+            if name.startswith(_BODY)
+        }
+        write_body(student, teacher, update)
+    theirs, new = dict(teacher.named_parameters()), set(core_names(student))
+    body = {
+        _BODY + name: value.detach().clone()
+        for name, value in student.named_parameters()
+        if name not in new and not (name in theirs and torch.equal(theirs[name], value))
+    }
+    save = trainer.save
+    if save is not None:
+        trainer.save = lambda s: save(replace(s, tensors={**s.tensors, **body}))
+
+
+def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda old: value
 
 
 def _fit(student: nn.Module, rows: Rows, config: DistillConfig, report: Reporter) -> None:

@@ -67,11 +67,20 @@ def test_its_loss_is_the_cross_entropy_of_the_next_token() -> None:
     assert stage.backward(long, 1.0).total == pytest.approx(float(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("logits", 3), ("long", 1), ("long", 4)])
+TRAINED = ("core", "lora", "all")
+
+
+@pytest.mark.parametrize("second", TRAINED)
+@pytest.mark.parametrize("third", TRAINED)
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    stage: str, step: int, tmp_path: Path
+    second: str, third: str, tmp_path: Path
 ) -> None:
-    config = parse_config(SETTINGS)
+    """Also where the third stage does not train what the second one changed."""
+    stages = {
+        "logits": {**SETTINGS["logits"], "train": second, "body_lr": 1e-3},
+        "long": {**SETTINGS["long"], "train": third},
+    }
+    config = parse_config({**SETTINGS, **stages})
 
     def run(folder: Path, reporter: Silent) -> dict[str, torch.Tensor]:
         teacher = tiny_teacher()
@@ -80,16 +89,26 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         return student.state_dict()
 
     whole = run(tmp_path / "whole", Silent())
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", StopAt(stage, step))
-    again = run(tmp_path / "parts", Silent())
-    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    for stage, step in (("logits", 3), ("long", 1), ("long", 4)):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", StopAt(stage, step))
+    for _ in range(2):  # the second time it is done already
+        again = run(tmp_path / "parts", Silent())
+        assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 def test_what_cannot_be_joined_is_refused() -> None:
     teacher = tiny_teacher()
+    student = tiny_student(teacher)
+    before = {n: p.clone() for n, p in student.state_dict().items()}
+    config = parse_config(SETTINGS)
     with pytest.raises(UsageError, match="needs 3 rows of 12 tokens"):
-        distill(teacher, tiny_student(teacher), Rows(token_rows(2, 12)), parse_config(SETTINGS))
+        distill(teacher, student, Rows(token_rows(2, 12)), config)
+    for width in (24, 48):
+        with pytest.raises(UsageError, match=f"The rows have {width} tokens"):
+            distill(teacher, student, Rows(token_rows(6, width)), config)
+    # before anything is trained
+    assert all(torch.equal(student.state_dict()[n], p) for n, p in before.items())
     with pytest.raises(UsageError, match="Rows with padding"):
         Rows(token_rows(6, 12), torch.ones(6, 12, dtype=torch.int64)).joined(2)
     for length in (12, 30):
@@ -106,6 +125,9 @@ def test_the_command_line_takes_as_long_rows_as_the_model_reads() -> None:
     assert fitted.long is not None and fitted.long.length == 8192
     Config.max_position_embeddings = 700
     assert _fitting(settings, Config, language=True).long is None
+    alone = settings.model_copy(update={"layers": None, "logits": None})
+    with pytest.raises(UsageError, match="reads 700 tokens, too few"):
+        _fitting(alone, Config, language=True)
     encoder = _fitting(recipe("minilm").config, Config, language=False)
     assert encoder.logits is not None and encoder.logits.divergence == 0
     assert _fitting(recipe("mohawk").config, Config, language=False).logits is None
