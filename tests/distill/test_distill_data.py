@@ -131,7 +131,7 @@ def test_config_is_strict_and_reads_yaml_and_json(tmp_path: Path) -> None:
         ({"layers": {"steps": 1}, "lenght": 3}, "lenght"),
         ({"layers": {"steps": 0}}, "layers.steps"),
         ({"layers": {}}, "give 'steps' or 'max_seconds'"),
-        ({}, "at least one of 'layers' and 'logits'"),
+        ({}, "at least one of 'layers', 'logits' and 'long'"),
         ([], "document"),
     ):
         with pytest.raises(UsageError, match=message):
