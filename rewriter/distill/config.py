@@ -133,7 +133,8 @@ class Relations(_Strict):
     Attributes:
         of: pairs of queries (q), keys (k) and values (v). MiniLM has 'qk', the attention weights,
             and 'vv'; MiniLMv2 'qq', 'kk' and 'vv'.
-        heads: relation heads, None for the teacher's query heads.
+        heads: relation heads, None for as many as the teacher has of a pair's first side: query
+            heads, or for 'kk' and 'vv' key heads.
         layer: which rewritten module, counted in order; -1 is the last.
         weight: of the loss.
         rows: tokens whose relations are held in float32 at once.

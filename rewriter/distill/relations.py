@@ -18,49 +18,42 @@ from rewriter.errors import UsageError
 from rewriter.mixers.tokens import Tokens
 
 
-def relation_error(
-    student: Tokens, teacher: Tokens, options: Relations, heads: int, causal: bool
-) -> Tensor:
+def relation_error(student: Tokens, teacher: Tokens, options: Relations, causal: bool) -> Tensor:
     """Sum over the pairs of the mean divergence of their relations, a float32 scalar in nats.
 
     Rows of a few queries are held at a time, and computed again for the gradient.
 
     Args:
         student, teacher: the tokens of one site of both models, on the same text.
-        heads: relation heads where `options.heads` is None.
         causal: a token is related to itself and earlier ones alone. (The papers have encoders.)
 
     Raises:
         UsageError: the vectors do not split into so many heads.
     """
-    count = options.heads or heads
     total = torch.zeros((), device=student.q.device)
     for pair in options.of:
-        ours, theirs = (_parts(x, pair, count) for x in (student, teacher))
+        count = options.heads or _side(teacher, pair[0]).shape[1]
+        ours = _parts(student, pair, count, "student")
+        theirs = _parts(teacher, pair, count, "teacher")
         for start in range(0, student.count, options.rows):
             stop = min(start + options.rows, student.count)
             given = (*ours, *theirs, student.valid, start, stop, causal)
             part = checkpoint(_rows_error, *given, use_reentrant=False)
             assert isinstance(part, Tensor)
-            total = total + part
+            total = total + part / count
     valid = student.batch * student.count
     if student.valid is not None:
         valid = max(1, int(student.valid.sum()))
-    return total / (valid * count)
+    return total / valid
 
 
-def check_split(x: Tokens, options: Relations, heads: int, whose: str) -> None:
-    """Raises:
-    UsageError: the vectors do not split into so many relation heads.
-    """
-    for pair in options.of:
-        _parts(x, pair, options.heads or heads, whose)
+def _side(x: Tokens, letter: str) -> Tensor:
+    return {"q": x.q, "k": x.k, "v": x.v}[letter]
 
 
-def _parts(x: Tokens, pair: str, count: int, whose: str = "model") -> tuple[Tensor, Tensor]:
+def _parts(x: Tokens, pair: str, count: int, whose: str) -> tuple[Tensor, Tensor]:
     """Both sides of a pair, (B, relation heads, n, d) each."""
-    sides = {"q": x.q, "k": x.k, "v": x.v}
-    left, right = sides[pair[0]], sides[pair[1]]
+    left, right = (_side(x, letter) for letter in pair)
     if pair[0] != pair[1]:  # query heads of a group share their keys
         right = right.repeat_interleave(left.shape[1] // right.shape[1], 1)
     return _split(left, pair, count, whose), _split(right, pair, count, whose)

@@ -20,7 +20,7 @@ from rewriter.distill.config import LogitStage
 from rewriter.distill.copies import rewritten_owners
 from rewriter.distill.losses import output_error
 from rewriter.distill.originals import CACHE_ARGUMENTS, hidden_states
-from rewriter.distill.relations import check_split, relation_error
+from rewriter.distill.relations import relation_error
 from rewriter.distill.sharding import size
 from rewriter.errors import UsageError
 from rewriter.mixers.base import Mixer
@@ -163,13 +163,8 @@ class Within:
         relations = self.options.relations
         if self.core is not None and relations is not None:
             (ours,), (theirs,) = self._tokens, self._wanted
-            heads = self.core.site.heads.query
-            check_split(ours, relations, heads, "student")
-            check_split(theirs, relations, heads, "teacher")
             causal = self.core.site.kind == "causal"
-            total = total + relations.weight * relation_error(
-                ours, theirs, relations, heads, causal
-            )
+            total = total + relations.weight * relation_error(ours, theirs, relations, causal)
         for kept in (self._ours, self._theirs, self._tokens, self._wanted):
             kept.clear()
         return total

@@ -71,7 +71,7 @@ def test_error_and_gradients_are_those_of_the_formula(
     theirs = tokens(4, 2, 6, 0, valid)
     ours = tokens(2, 1, 8, 1, valid)  # other heads and widths
     leaves = [x.requires_grad_() for x in (ours.q, ours.k, ours.v)]
-    found = relation_error(ours, theirs, Relations(of=of, heads=4, rows=4), 4, causal)
+    found = relation_error(ours, theirs, Relations(of=of, heads=4, rows=4), causal)
     wanted = sum((by_rows(ours, theirs, pair, 4, causal) for pair in of), start=torch.zeros(()))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     grads = [torch.autograd.grad(x, leaves, allow_unused=True) for x in (found, wanted)]
@@ -81,21 +81,33 @@ def test_error_and_gradients_are_those_of_the_formula(
 
 def test_how_many_rows_are_held_changes_nothing_and_padding_has_no_say() -> None:
     ours, theirs = tokens(4, 2, 6, 1, PADDED), tokens(4, 2, 6, 0, PADDED)
-    whole = relation_error(ours, theirs, Relations(rows=128), 4, False)
-    torch.testing.assert_close(relation_error(ours, theirs, Relations(rows=3), 4, False), whole)
+    whole = relation_error(ours, theirs, Relations(rows=128), False)
+    torch.testing.assert_close(relation_error(ours, theirs, Relations(rows=3), False), whole)
     ours.k[~PADDED[:, None].expand(-1, 2, -1)] = 1e4
-    torch.testing.assert_close(relation_error(ours, theirs, Relations(), 4, False), whole)
+    torch.testing.assert_close(relation_error(ours, theirs, Relations(), False), whole)
 
 
 def test_equal_tokens_have_no_error_and_others_do() -> None:
     ours, other = tokens(4, 2, 6, 1), tokens(4, 2, 6, 2)
-    assert float(relation_error(ours, ours, Relations(), 4, True)) == pytest.approx(0, abs=1e-7)
-    assert float(relation_error(ours, other, Relations(), 4, True)) > 0.1
+    assert float(relation_error(ours, ours, Relations(), True)) == pytest.approx(0, abs=1e-7)
+    assert float(relation_error(ours, other, Relations(), True)) > 0.1
 
 
 def test_channels_that_do_not_split_are_refused() -> None:
     with pytest.raises(UsageError, match="do not split into 5 relation heads"):
-        relation_error(tokens(4, 2, 6, 1), tokens(4, 2, 6, 2), Relations(heads=5), 4, True)
+        relation_error(tokens(4, 2, 6, 1), tokens(4, 2, 6, 2), Relations(heads=5), True)
+
+
+def test_without_a_number_each_pair_has_the_heads_of_the_teacher() -> None:
+    """Three key heads of 8 channels cannot be nine relation heads, as nine query heads can."""
+    theirs, ours = tokens(9, 3, 8, 0), tokens(9, 3, 8, 1)
+    found = relation_error(ours, theirs, Relations(of=("qk", "qq", "kk", "vv")), True)
+    heads = {"qk": 9, "qq": 9, "kk": 3, "vv": 3}
+    wanted = sum(
+        (by_rows(ours, theirs, pair, count, True) for pair, count in heads.items()),
+        start=torch.zeros(()),
+    )
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def config(**options: Any) -> Any:
