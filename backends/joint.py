@@ -64,8 +64,9 @@ class Parts:
 
 
 def parts(
-    form: JointForm, q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, start: Tensor | None
-) -> Parts:
+    form: JointForm, q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, start: Tensor | None,
+    keep: bool,
+) -> Parts:  # fmt: skip
     """Both kernels on a whole sequence without padding.
 
     Args:
@@ -73,19 +74,20 @@ def parts(
         fq: (B, H, n, m) features of the queries.
         fk: (B, Hkv, n - window + 1, m) features of the keys that leave the window.
         start: (B, Hkv, m, Dv + 1) float32 far state, None for zero.
+        keep: whether the far state behind the sequence is wanted.
     """
     top = torch.empty(q.shape[:-1], dtype=torch.float32)
     out, lse = raw_kernels(form.backend, "block_sparse").forward(
         form.near, BlockSparseInputs(q, k, v), top
     )
-    far, end = _read(form, _far_inputs(form, v, fq, fk, start))
+    far, end = _read(form, _far_inputs(form, v, fq, fk, start), keep)
     return Parts(out, lse, top, far, end)
 
 
-def _read(form: JointForm, x: RecurrenceInputs) -> tuple[Tensor, Tensor]:
-    """The far field, and the state behind it."""
+def _read(form: JointForm, x: RecurrenceInputs, keep: bool) -> tuple[Tensor, Tensor]:
+    """The far field, and the state behind it if it is to be kept."""
     if form.spec.factors:
-        return scan_factored(x.q, x.k, x.v, form.spec.factors, x.start)
+        return scan_factored(x.q, x.k, x.v, form.spec.factors, x.start, keep)
     read: tuple[Tensor, Tensor] = raw_kernels(form.backend, "recurrence").forward(form.far, x)
     return read
 
@@ -126,7 +128,7 @@ class JointTraining(torch.autograd.Function):
         ctx: Any, form: JointForm, q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor,
         ratio: Tensor,
     ) -> Tensor:  # fmt: skip
-        x = parts(form, q, k, v, fq, fk, None)
+        x = parts(form, q, k, v, fq, fk, None, keep=False)
         out = mixed(form, x, ratio)
         ctx.form = form
         ctx.save_for_backward(q, k, v, fq, fk, ratio, out, x.out, x.lse, x.top, x.far)

@@ -152,7 +152,8 @@ def joint(
     if not unwatched(*tensors, features):
         out: Tensor = JointTraining.apply(form, q, k, v, fq, features, ratio)  # type: ignore[no-untyped-call]
         return out, None
-    x = parts(form, q, k, v, fq, features, None if state is None else state["far"])
+    start = None if state is None else state["far"]
+    x = parts(form, q, k, v, fq, features, start, keep=state is not None)
     out = mixed(form, x, ratio)
     return out, None if state is None else {**_after(_near(spec), k, v, state), "far": x.end}
 

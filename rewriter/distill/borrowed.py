@@ -57,14 +57,12 @@ def fuse(owner: nn.Module, all_of_them: bool) -> bool:
     Returns:
         Whether every mixer in it is exact now.
     """
-    exact = True
     for mixer in list(mixers_of(owner).values()):
         if type(mixer) is Keep or (all_of_them and not isinstance(mixer, Fused)):
             options = FusedOptions()
             if Fused.refuse(mixer.site, options) is None:
                 place(owner, mixer.site, Fused(mixer.site, options, mixer.layer).eval())
-        exact &= all(isinstance(m, Keep) for m in mixers_of(owner).values())
-    return exact
+    return all(isinstance(mixer, Keep) for mixer in mixers_of(owner).values())
 
 
 def quicken(teacher: nn.Module, student: nn.Module, given: nn.Module, rows: Rows) -> None:
@@ -101,18 +99,19 @@ def quicken(teacher: nn.Module, student: nn.Module, given: nn.Module, rows: Rows
 def _same(teacher: nn.Module, found: dict[str, nn.Module], rows: Rows) -> list[str]:
     """Paths at which the new modules give what the old ones do."""
     few = Rows(rows.ids[:1, :_TOKENS], None if rows.mask is None else rows.mask[:1, :_TOKENS])
-    apart: dict[str, float] = {}
+    same: dict[str, bool] = {}
 
     def look(path: str, args: object, kwargs: dict[str, object], output: torch.Tensor) -> None:
         assert isinstance(args, tuple)
         new = hidden_states(found[path](*args, **kwargs)).float()
         gap = (new - output.float()).norm() / output.float().norm().clamp_min(1e-30)
-        apart[path] = max(apart.get(path, 0.0), float(gap) / NEAR.get(output.dtype, 0.0))
+        near = float(gap) <= NEAR.get(output.dtype, 0.0)
+        same[path] = same.get(path, True) and near
 
     if not found:
         return []
     try:
         Originals(teacher, found).visit(few, look)
-    except (RewriterError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
+    except (RewriterError, RuntimeError, TypeError, ValueError):
         return []
-    return [path for path, gap in apart.items() if gap <= 1]
+    return [path for path, near in same.items() if near]

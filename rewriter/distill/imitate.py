@@ -11,7 +11,7 @@ from torch import nn
 from rewriter.distill.attention import attention_losses
 from rewriter.distill.config import LayerStage
 from rewriter.distill.losses import output_error
-from rewriter.distill.originals import hidden_states
+from rewriter.distill.originals import hidden_states, tokens_of
 from rewriter.mixers.base import Mixer
 from rewriter.mixers.tokens import Tokens
 
@@ -42,8 +42,7 @@ def imitate(
     given = dict[Mixer, Tokens]()
 
     def keep(core: Mixer, args: Any, kwargs: dict[str, Any]) -> None:
-        wanted = {k: v for k, v in kwargs.items() if k in ("terms", "hidden")}
-        given[core] = core.tokens(*args, **wanted)
+        given[core] = tokens_of(core, args, kwargs)
         if options.output == 0 and len(given) == len(cores):
             raise _EnoughSignal
 

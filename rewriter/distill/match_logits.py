@@ -11,7 +11,14 @@ from torch import nn
 
 from rewriter.distill.borrowed import quicken
 from rewriter.distill.config import DistillConfig, LogitStage
-from rewriter.distill.copies import core_names, core_rates, private_copy, write_body, write_core
+from rewriter.distill.copies import (
+    core_names,
+    core_rates,
+    private_copy,
+    replacer,
+    write_body,
+    write_core,
+)
 from rewriter.distill.data import Rows
 from rewriter.distill.head import Heads, heads_of, logits_of
 from rewriter.distill.lora import inject_lora
@@ -130,13 +137,9 @@ class MatchLogits:
             }
             write_body(student, self._original, update)
         elif self.body:
-            write_body(student, self._original, {n: _replacer(values[n]) for n in self.body})
+            write_body(student, self._original, {n: replacer(values[n]) for n in self.body})
 
 
 def _merger(delta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     full = whole(delta.detach()).float()
     return lambda old: old + full
-
-
-def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda old: value

@@ -13,7 +13,9 @@ from rewriter.distill.data import Rows
 from rewriter.distill.stages import call, uncached
 from rewriter.errors import UsageError
 from rewriter.evaluate.scoring import evaluation_mode
+from rewriter.mixers.base import Mixer
 from rewriter.mixers.placed import mixers_of
+from rewriter.mixers.tokens import Tokens
 from rewriter.passes.compare import first_tensor, tensors_of
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
@@ -46,6 +48,16 @@ def hidden_states(output: Any) -> torch.Tensor:
     if not tensors_of(output):
         raise UsageError("A rewritten module returned no tensor, so its output cannot be matched.")
     return first_tensor(output)
+
+
+def without_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with None in the place of caches."""
+    return {k: None if k in CACHE_ARGUMENTS else v for k, v in kwargs.items()}
+
+
+def tokens_of(core: Mixer, args: Any, kwargs: Mapping[str, Any]) -> Tokens:
+    """What a mixer is given by a call of it."""
+    return core.tokens(*args, **{k: v for k, v in kwargs.items() if k in ("terms", "hidden")})
 
 
 def stated_runs(owners: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -85,9 +97,8 @@ class Originals:
 
         def hook_for(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-                clean = {k: None if k in CACHE_ARGUMENTS else v for k, v in kwargs.items()}
                 calls[path] += 1
-                look(path, args, clean, hidden_states(output))
+                look(path, args, without_caches(kwargs), hidden_states(output))
                 if total is not None and sum(calls.values()) >= total:
                     raise _DoneSignal
 

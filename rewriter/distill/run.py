@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,14 @@ import torch
 from torch import nn
 
 from rewriter.distill.config import DistillConfig, LayerStage, LogitStage, LongStage
-from rewriter.distill.copies import core_names, hash_values, rewritten_cores, write_body, write_core
+from rewriter.distill.copies import (
+    core_names,
+    hash_values,
+    replacer,
+    rewritten_cores,
+    write_body,
+    write_core,
+)
 from rewriter.distill.data import Rows
 from rewriter.distill.fitting import fit_cores
 from rewriter.distill.match_layers import MatchLayers
@@ -151,24 +157,21 @@ def _keep_body(
     """
     if start is not None:
         update = {
-            name.removeprefix(_BODY): _replacer(value)
+            name.removeprefix(_BODY): replacer(value)
             for name, value in start.tensors.items()
             if name.startswith(_BODY)
         }
         write_body(student, teacher, update)
+    save = trainer.save
+    if save is None:
+        return
     theirs, new = dict(teacher.named_parameters()), set(core_names(student))
     body = {
         _BODY + name: value.detach().clone()
         for name, value in student.named_parameters()
         if name not in new and not (name in theirs and torch.equal(theirs[name], value))
     }
-    save = trainer.save
-    if save is not None:
-        trainer.save = lambda s: save(replace(s, tensors={**s.tensors, **body}))
-
-
-def _replacer(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda old: value
+    trainer.save = lambda s: save(replace(s, tensors={**s.tensors, **body}))
 
 
 def _fit(student: nn.Module, rows: Rows, config: DistillConfig, report: Reporter) -> None:

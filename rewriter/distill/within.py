@@ -19,7 +19,7 @@ from rewriter.distill.borrowed import borrowed
 from rewriter.distill.config import LogitStage
 from rewriter.distill.copies import rewritten_owners
 from rewriter.distill.losses import output_error
-from rewriter.distill.originals import CACHE_ARGUMENTS, hidden_states
+from rewriter.distill.originals import hidden_states, tokens_of, without_caches
 from rewriter.distill.relations import relation_error
 from rewriter.distill.sharding import size
 from rewriter.errors import UsageError
@@ -130,21 +130,19 @@ class Within:
 
     def _seen(self, core: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         assert isinstance(core, Mixer)
-        self._tokens.append(_tokens_of(core, args, kwargs))
+        self._tokens.append(tokens_of(core, args, kwargs))
 
     def _read(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        clean = {k: None if k in CACHE_ARGUMENTS else v for k, v in kwargs.items()}
-
         def stop(core: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             assert isinstance(core, Mixer)
-            self._wanted.append(_tokens_of(core, args, kwargs))
+            self._wanted.append(tokens_of(core, args, kwargs))
             raise _ReadSignal
 
         core = next(m for m in self.reader.modules() if isinstance(m, Mixer))
         handle = core.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad():
-                self.reader(*args, **clean)
+                self.reader(*args, **without_caches(kwargs))
         except _ReadSignal:
             pass
         finally:
@@ -168,8 +166,3 @@ class Within:
         for kept in (self._ours, self._theirs, self._tokens, self._wanted):
             kept.clear()
         return total
-
-
-def _tokens_of(core: Mixer, args: Any, kwargs: dict[str, Any]) -> Tokens:
-    wanted = {k: v for k, v in kwargs.items() if k in ("terms", "hidden")}
-    return core.tokens(*args, **wanted)

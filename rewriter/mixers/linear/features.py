@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from rewriter.backends.reference.factored import outer
 from rewriter.ir.site import AttentionSite
 
 FLOOR = 1e-12
@@ -70,10 +71,7 @@ class HashMap(nn.Module):
 
 def _cells(choices: torch.Tensor) -> torch.Tensor:
     """(..., bits, 2) to (..., 2^bits), the outer product over the bits."""
-    first, *rest = choices.unbind(-2)
-    for choice in rest:
-        first = (first.unsqueeze(-1) * choice.unsqueeze(-2)).flatten(-2)
-    return first
+    return outer(choices.flatten(-2), (2,) * choices.shape[-2])
 
 
 def hash_halves(bits: int) -> tuple[int, int]:

@@ -23,8 +23,8 @@ LEAST = 1e-4
 
 def fit_hash(
     map_q: HashMap, map_k: HashMap, q: Tensor, k: Tensor, far: Iterator[tuple[slice, Tensor]]
-) -> bool:
-    """Set both maps; whether there was anything to learn from.
+) -> None:
+    """Set both maps, or leave them where there is nothing to learn from.
 
     Args:
         q, k: (B, H, n, d), (B, Hkv, n, d).
@@ -34,7 +34,7 @@ def fit_hash(
     (B, H, n, width), Hkv = q.shape, k.shape[1]
     group, bits = H // Hkv, map_k.weight.shape[-1]
     if bits > width or n < 2:
-        return False
+        return
     q, k = q.double() * map_q.factor, k.double() * map_k.factor
     (mean_q, white_q), (mean_k, white_k) = _whitened(q), _whitened(k)
     keys, queries = ((k - mean_k) @ white_k).float(), ((q - mean_q) @ white_q).float()
@@ -46,7 +46,7 @@ def fit_hash(
         cross += (queries[:, :, rows].mT @ seen).sum(0).double()
         mass += peaked.view(B, H, -1).sum((0, 2)).double()
     if not bool((mass > 0).all()):
-        return False
+        return
     both = cross.view(Hkv, group * width, width)
     shared = torch.linalg.svd(both, full_matrices=False).Vh[:, :bits].mT  # (Hkv, width, bits)
     of_q = cross @ shared.repeat_interleave(group, 0)
@@ -58,7 +58,6 @@ def fit_hash(
         ):
             hashed.weight.copy_(SPREAD * directions)
             hashed.bias.copy_(-mean @ (SPREAD * directions))
-    return True
 
 
 def _whitened(x: Tensor) -> tuple[Tensor, Tensor]:
